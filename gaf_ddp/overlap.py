@@ -1,0 +1,115 @@
+"""Running the hook's work beside backward, in bucket order on every rank.
+
+Collectives must be issued in the same order everywhere. On gloo, callbacks run in any order, and DDP uses its
+own group meanwhile, so the work goes through one thread with one group of its own. On an accelerator the work
+is enqueued at once, in the hook, on a side stream: the device keeps the order and the host never waits.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Variable
+from torch.futures import Future
+
+Promise = Future[Tensor]
+
+
+class ThreadLane:
+    """One worker thread with its own process group, for groups whose collectives block the host.
+
+    An exception in the work reaches the user out of `backward()`, with its traceback. After it the lane is
+    closed: this rank is out of step with the others, which end by the group's time-out.
+    """
+
+    def __init__(self, parent: dist.ProcessGroup, device: torch.device) -> None:
+        self.group = _sibling_group(parent, device)
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gaf_ddp")
+        self._error: BaseException | None = None
+        self._promises: list[Promise] = []
+
+    def promise(self) -> Promise:
+        """Return an empty future that this lane completes, at the latest when its work fails."""
+        self._promises = [p for p in self._promises if not p.done()]
+        self._promises.append(Future())
+        return self._promises[-1]
+
+    def run(self, work: Callable[[], None], promise: Promise) -> Promise:
+        """Queue the work; return a future of what it puts into the promise."""
+        if self._error is not None:
+            raise RuntimeError("this rank left the others at an earlier error; restart the job") from self._error
+        task = self._executor.submit(self._guarded, work)
+        try:
+            # Runs at the end of backward, before DDP waits for the promise, and re-raises what the work raised.
+            Variable._execution_engine.queue_callback(task.result)
+        except RuntimeError:  # not inside backward: DDP's Join shadows the hook of a rank that ran out of inputs
+            task.result()
+        return promise.then(self._checked)
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        if self._error is not None:
+            raise self._error
+        try:
+            with torch.no_grad():
+                work()
+        except BaseException as error:
+            self._error = error
+            for promise in self._promises:
+                if not promise.done():
+                    promise.set_result(torch.empty(0))
+            raise
+
+    def _checked(self, promise: Promise) -> Tensor:
+        if self._error is not None:
+            raise self._error
+        return promise.value()
+
+
+class StreamLane:
+    """A side stream of an accelerator: the work is enqueued inside the hook, on DDP's own group."""
+
+    def __init__(self, parent: dist.ProcessGroup, device: torch.device) -> None:
+        self.group = parent
+        self._device = device
+        self._module = torch.get_device_module(device)
+        self._stream = self._module.Stream(device)
+
+    def promise(self) -> Promise:
+        """Return an empty future that makes whoever waits for it wait for the device, not the host."""
+        return Future(devices=[self._device])
+
+    def run(self, work: Callable[[], None], promise: Promise) -> Promise:
+        """Enqueue the work behind everything on the current stream; return the promise it fills."""
+        self._stream.wait_stream(self._module.current_stream(self._device))
+        with self._module.stream(self._stream), torch.no_grad():
+            work()
+        return promise
+
+
+Lane = ThreadLane | StreamLane
+
+
+def open_lane(parent: dist.ProcessGroup, device: torch.device) -> Lane:
+    """Return the lane for buckets on this device; the first call on a CPU is a collective of the parent group."""
+    return ThreadLane(parent, device) if device.type == "cpu" else StreamLane(parent, device)
+
+
+def _sibling_group(parent: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
+    """Return a new group of the parent's ranks, backend and time-out (`new_group` alone takes the default's)."""
+    ranks = dist.get_process_group_ranks(parent)
+    backends = dict(pair.split(":") for pair in dist.get_backend_config(parent).split(","))
+    backend: Any = parent._get_backend(device)
+    timeout: timedelta = backend.options._timeout
+    group = dist.new_group(
+        ranks,
+        timeout=timeout,
+        backend=backends[device.type],
+        use_local_synchronization=len(ranks) < dist.get_world_size(),
+        group_desc="gaf_ddp",
+    )
+    assert isinstance(group, dist.ProcessGroup)  # this rank is in it
+    return group

@@ -1,0 +1,120 @@
+"""Leaving out the optimizer step, exactly, when nothing agreed: zero gradients would still decay and coast."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from gaf_ddp.state import GAFState
+
+
+def skip_on_disagreement(optimizer: Optimizer, state: GAFState) -> Callable[[], None]:
+    """Make `optimizer.step()` leave out what the ranks did not agree on: no momentum, no decay, no step count.
+
+    Model scope leaves out the whole step, bucket scope the parameters of each bucket that disagreed. Works for
+    every optimizer, with a closure, under GradScaler, and from the very first step. Every rank decides alike.
+
+    Cost: one host sync a step; none in model scope for a fused optimizer (its kernels read the veto on the
+    device, as they read GradScaler's), save the steps before SGD's momentum exists.
+
+    The gradients left out become None. To drive `optimizer.step()` by hand instead, in model scope:
+    `if state.agreement.agreed: optimizer.step()`, at one host sync.
+
+    Args:
+        optimizer: steps over parameters of the model that state filters.
+        state: the hook's state.
+
+    Returns:
+        A function that undoes this.
+
+    Raises:
+        TypeError: optimizer or state is not what its name says.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, found {type(optimizer).__name__}")
+    if not isinstance(state, GAFState):
+        raise TypeError(f"state must be a GAFState, found {type(state).__name__}")
+    veto = _Veto(state)
+    handles: list[RemovableHandle] = [
+        optimizer.register_step_pre_hook(veto.before_step),
+        optimizer.register_step_post_hook(veto.after_step),
+    ]
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return undo
+
+
+class _Veto:
+    """The two step hooks and what the second must put back."""
+
+    def __init__(self, state: GAFState) -> None:
+        self._state = state
+        self._borrowed: dict[str, Any] | None = None  # the optimizer's own found_inf and grad_scale
+
+    def before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Veto now, or after the closure if there is one: the decision is taken in its backward."""
+        this, *given = args
+        closure = kwargs.get("closure", given[0] if given else None)
+        if closure is None:
+            self._veto(optimizer)
+            return None
+
+        def closure_then_veto() -> Any:
+            loss = closure()
+            self._drop_gradients()
+            return loss
+
+        return (this, closure_then_veto, *given[1:]), {k: v for k, v in kwargs.items() if k != "closure"}
+
+    def after_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Put back what was borrowed for the veto."""
+        if self._borrowed is None:
+            return
+        for name in ("found_inf", "grad_scale"):
+            if name in self._borrowed:
+                setattr(optimizer, name, self._borrowed[name])
+            else:
+                delattr(optimizer, name)
+        self._borrowed = None
+
+    def _veto(self, optimizer: Any) -> None:
+        if self._state.scope == "model" and self._state.decisions and self._reads_found_inf(optimizer):
+            disagreed = (~self._state.decisions[0].agreement.agreed).float()
+            self._borrowed = {k: v for k, v in vars(optimizer).items() if k in ("found_inf", "grad_scale")}
+            found_inf: Tensor | None = self._borrowed.get("found_inf")
+            optimizer.found_inf = disagreed if found_inf is None else torch.maximum(found_inf, disagreed)
+            optimizer.grad_scale = self._borrowed.get("grad_scale")
+        else:
+            self._drop_gradients()
+
+    def _drop_gradients(self) -> None:
+        """Set the gradients that nothing agreed on to None, which every optimizer passes over."""
+        decisions = self._state.decisions
+        if not decisions:
+            return
+        agreed = torch.stack([decision.agreement.agreed for decision in decisions]).tolist()  # one host sync
+        for decision, fine in zip(decisions, agreed, strict=True):
+            if not fine:
+                for parameter in decision.parameters:
+                    parameter.grad = None
+
+    def _reads_found_inf(self, optimizer: Any) -> bool:
+        """Return whether the step can be vetoed on the device, for all of the optimizer's parameters at once."""
+        if not getattr(optimizer, "_step_supports_amp_scaling", False):
+            return False
+        filtered = {id(parameter) for parameter in self._state.decisions[0].parameters}
+        stepped = [(p, g) for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        return all(
+            id(p) in filtered
+            # Fused SGD whose first step is vetoed keeps an uninitialised momentum buffer: wait until it exists.
+            and (not g.get("momentum") or optimizer.state[p].get("momentum_buffer") is not None)
+            for p, g in stepped
+        )

@@ -1,0 +1,222 @@
+"""GAFState: the settings of the hook, where it is in training, and what it saw."""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gaf_ddp.agreement import Agreement, AgreementMeter
+from gaf_ddp.exchange import Exchange, choose_exchange
+from gaf_ddp.overlap import Lane, Promise, open_lane
+from gaf_ddp.weighting import Mean, NeighborhoodAgreement, require_tau
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Share:
+    """One bucket between its arrival and its decision; of a GradBucket, only what outlives the hook's call."""
+
+    buffer: Tensor  # (N,), DDP's own memory, where the result goes
+    parameters: list[Tensor]
+    is_last: bool
+    promise: Promise
+    rows: Tensor | None = None  # (W, n)
+    gramian: Tensor | None = None  # (W, W), of these rows
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One decision and the parameters it was about."""
+
+    agreement: Agreement
+    parameters: list[Tensor]
+
+
+class GAFState:
+    """Settings, step counter and statistics of `gaf_hook`.
+
+    Often tuned:
+        tau: largest cosine distance at which two gradients agree, in [0, 2], or a schedule from `state.step` to
+            it. None is 1.0; 2.0 keeps every voter. `GAFState(tau=t)` filters with `NeighborhoodAgreement(t)`.
+        scope: `"bucket"`, one decision per DDP bucket; `"model"`, one per step from the Gramian of the whole
+            gradient (the paper's meaning), at the price of holding all slices until the last bucket.
+        start_step: plain averaging before this step.
+
+    Seldom tuned:
+        process_group: the group DDP was built with; None is the default group at the first bucket.
+        weighting: any callable from Gramian `(W, W)` to weights `(W,)` in place of tau. It must return the same
+            on every rank: seed one that draws random numbers.
+        exchange: `"sharded"` (all-reduce's bytes), `"gather"` (the plain reading), `"auto"` (gather for buckets
+            too small for bandwidth to matter in bucket scope, else sharded).
+        wire_dtype: dtype the gradients travel in, e.g. `torch.bfloat16`; products and sums stay in float32.
+        max_norm_ratio: a rank whose gradient is longer than this many lower median norms has no vote; None
+            switches the guard off.
+
+    Attributes:
+        step: synchronised backwards seen so far.
+        agreement: the last step's `Agreement`, on the device; None before the first step.
+        decisions: the last step's decisions with their parameters, one in model scope, one per bucket otherwise.
+
+    Memory: bucket scope about one bucket beside DDP's own; model scope about one gradient.
+    A pickled state leaves the process group behind.
+
+    Raises:
+        ValueError: a setting is out of its range; the message names it.
+    """
+
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup | None = None,
+        tau: float | Callable[[int], float] | None = None,
+        *,
+        weighting: Callable[[Tensor], Tensor] | None = None,
+        scope: Literal["bucket", "model"] = "bucket",
+        exchange: Literal["auto", "sharded", "gather"] = "auto",
+        start_step: int = 0,
+        wire_dtype: torch.dtype | None = None,
+        max_norm_ratio: float | None = 10.0,
+    ) -> None:
+        _require(
+            process_group is None or isinstance(process_group, dist.ProcessGroup),
+            "process_group must be a torch.distributed.ProcessGroup that this rank is in, or None",
+            process_group,
+        )
+        _require(weighting is None or tau is None, "tau and weighting exclude each other: tau must be None", tau)
+        _require(weighting is None or callable(weighting), "weighting must be callable or None", weighting)
+        _require(scope in ("bucket", "model"), "scope must be 'bucket' or 'model'", scope)
+        _require(
+            exchange in ("auto", "sharded", "gather"),
+            "exchange must be 'auto', 'sharded' or 'gather'",
+            exchange,
+        )
+        _require(_is_number(start_step, int) and start_step >= 0, "start_step must be an integer >= 0", start_step)
+        _require(
+            wire_dtype in (None, torch.float16, torch.bfloat16, torch.float32),
+            "wire_dtype must be None, torch.float16, torch.bfloat16 or torch.float32",
+            wire_dtype,
+        )
+        _require(
+            max_norm_ratio is None or (_is_number(max_norm_ratio, (int, float)) and max_norm_ratio >= 1),
+            "max_norm_ratio must be None or a number >= 1",
+            max_norm_ratio,
+        )
+        self.process_group = process_group
+        self.tau = tau if callable(tau) else require_tau(1.0 if tau is None else tau)
+        self.weighting = weighting
+        self.scope = scope
+        self.exchange = exchange
+        self.start_step = start_step
+        self.wire_dtype = wire_dtype
+        self.max_norm_ratio = max_norm_ratio
+
+        self.step = 0
+        self.decisions: list[Decision] = []
+        self.meter = AgreementMeter()
+
+        self._parent: dist.ProcessGroup | None = None
+        self._lanes: dict[torch.device, Lane] = {}
+        self._waiting: list[Share] = []
+        self._decided: list[Decision] = []
+
+    @property
+    def agreement(self) -> Agreement | None:
+        """The last step's record; in bucket scope each field has a leading dimension, one entry per bucket."""
+        if not self.decisions:
+            return None
+        if self.scope == "model":
+            return self.decisions[0].agreement
+        return Agreement.stack([decision.agreement for decision in self.decisions])
+
+    def summary(self, reset: bool = True) -> dict[str, float]:
+        """Return the statistics since the last reset, at one host sync; see `AgreementMeter.summary`.
+
+        Logs a warning when more than half of the decisions found no agreement: tau is too strict.
+        """
+        summary = self.meter.summary()
+        if summary.get("gaf/skipped_fraction", 0.0) > 0.5:
+            _logger.warning(
+                "gaf_ddp: nothing agreed in %.0f %% of the decisions; raise tau or the batch size per rank",
+                100 * summary["gaf/skipped_fraction"],
+            )
+        if reset:
+            self.meter.reset()
+        return summary
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what training needs to go on: the step and the statistics. Settings are the constructor's."""
+        return {"step": self.step, "meter": self.meter.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore `state_dict()`; the world size may differ, statistics per rank then start anew."""
+        self.step = state_dict["step"]
+        self.meter.load_state_dict(state_dict["meter"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return everything but the process group and what hangs on it."""
+        if self.process_group is not None:
+            _logger.warning("gaf_ddp: process_group is not pickled; the copy will use the default group")
+        left_behind: dict[str, Any] = {
+            "process_group": None,
+            "_parent": None,
+            "_lanes": {},
+            "_waiting": [],
+            "_decided": [],
+        }
+        return {**self.__dict__, **left_behind, "decisions": []}
+
+    # What follows is for gaf_hook.
+
+    def lane(self, device: torch.device) -> Lane:
+        """Return where this device's buckets are worked on; made at the first bucket, again for a new group."""
+        parent = self.process_group or dist.group.WORLD
+        if parent is None:
+            raise ValueError("process_group is None and there is no default group: call init_process_group first")
+        if parent is not self._parent:
+            self._parent, self._lanes = parent, {}
+        if device not in self._lanes:
+            self._lanes[device] = open_lane(parent, device)
+        return self._lanes[device]
+
+    def exchange_for(self, share: Share, lane: Lane) -> Exchange:
+        """Return how this bucket travels, from the settings, W and its bytes alone: the same on every rank."""
+        name = "sharded" if self.exchange == "auto" and self.scope == "model" else self.exchange
+        return choose_exchange(name, lane.group, share.buffer, self.wire_dtype)
+
+    def weighting_now(self) -> Callable[[Tensor], Tensor]:
+        """Return the weighting of the current step."""
+        if self.step < self.start_step:
+            return Mean()
+        if self.weighting is not None:
+            return self.weighting
+        return NeighborhoodAgreement(self.tau(self.step) if callable(self.tau) else self.tau)
+
+    def wait(self, share: Share) -> list[Share]:
+        """Add a bucket to those without a decision; return them all if it is time for one, else none."""
+        self._waiting.append(share)
+        if self.scope == "model" and not share.is_last:
+            return []
+        ready, self._waiting = self._waiting, []
+        return ready
+
+    def record(self, agreement: Agreement, shares: list[Share]) -> None:
+        """Keep a decision; the last bucket's ends the step."""
+        self.meter.record(agreement)
+        self._decided.append(Decision(agreement, [p for share in shares for p in share.parameters]))
+        if shares[-1].is_last:
+            self.decisions, self._decided = self._decided, []
+            self.step += 1
+
+
+def _is_number(value: object, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and not math.isnan(value)  # type: ignore[arg-type]
+
+
+def _require(holds: bool, rule: str, found: object) -> None:
+    if not holds:
+        raise ValueError(f"{rule}, found {found!r}")
