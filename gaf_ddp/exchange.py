@@ -4,6 +4,9 @@ An exchange moves bytes and adds numbers. Which rank counts how much is decided 
 `gather`. All ranks of the group must call the same methods in the same order.
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from threading import Lock
 from typing import Protocol
 
 import torch
@@ -16,8 +19,12 @@ from gaf_ddp.gramian import combine
 class Exchange(Protocol):
     """Three collectives, called in this order; the bucket is `(N,)`, any floating dtype, contiguous."""
 
-    def scatter(self, bucket: Tensor) -> Tensor:
-        """Return rows `(W, n)`: the elements this rank judges, of every rank's bucket, in rank order."""
+    def scatter(self, bucket: Tensor) -> Callable[[], Tensor]:
+        """Return a function that waits for the rows and returns them.
+
+        Rows `(W, n)`: the elements this rank judges, of every rank's bucket, in rank order. Only `PeerExchange`
+        starts sending at once; the others, whose collectives must keep their order, when the function is called.
+        """
         ...
 
     def sum(self, gramian: Tensor) -> Tensor:
@@ -25,7 +32,10 @@ class Exchange(Protocol):
         ...
 
     def gather(self, rows: Tensor, weights: Tensor, bucket: Tensor) -> None:
-        """Write the average of the rows by their weights `(W,)` into bucket, the same bits on every rank."""
+        """Write the average of the rows by their weights `(W,)` into bucket, the same bits on every rank.
+
+        The rows are the exchange's again after this.
+        """
         ...
 
 
@@ -40,8 +50,11 @@ class GatherExchange:
         self._group = group
         self._wire_dtype = wire_dtype
 
-    def scatter(self, bucket: Tensor) -> Tensor:
-        """Return every rank's whole bucket, rows `(W, N)`."""
+    def scatter(self, bucket: Tensor) -> Callable[[], Tensor]:
+        """Return a function that all-gathers every rank's whole bucket, rows `(W, N)`."""
+        return partial(self._all_gather, bucket)
+
+    def _all_gather(self, bucket: Tensor) -> Tensor:
         sent = bucket if self._wire_dtype is None else bucket.to(self._wire_dtype)
         rows = sent.new_empty(self._group.size(), sent.numel())
         dist.all_gather_into_tensor(rows.view(-1), sent, group=self._group)
@@ -74,8 +87,11 @@ class ShardedExchange:
         self._group = group
         self._wire_dtype = wire_dtype
 
-    def scatter(self, bucket: Tensor) -> Tensor:
-        """Return this rank's slice of every bucket, rows `(W, n)`."""
+    def scatter(self, bucket: Tensor) -> Callable[[], Tensor]:
+        """Return a function that exchanges slices, rows `(W, n)`."""
+        return partial(self._all_to_all, bucket)
+
+    def _all_to_all(self, bucket: Tensor) -> Tensor:
         sent = self._padded(bucket)
         if sent is not bucket:
             sent[: bucket.numel()].copy_(bucket)
@@ -108,23 +124,35 @@ class ShardedExchange:
 class PeerExchange:
     """`ShardedExchange` over plain sends and receives, for gloo on the CPU.
 
-    Gloo's all-gather runs through a second full buffer and its all-to-all takes equal time again; sends straight
-    out of the bucket and receives straight into it need neither, nor padding. Same bytes, same result.
+    Gloo's all-gather runs through a second full buffer; sends straight out of the bucket and receives straight
+    into it need none, nor padding. Same bytes, same result. Messages of one kind between two ranks arrive in the
+    order they were sent, so the slices of the next bucket can travel while this one is judged. Rows live in
+    memory that is used again: fresh pages cost as much time as the sums.
     """
 
     def __init__(self, group: dist.ProcessGroup, wire_dtype: torch.dtype | None = None) -> None:
         self._group = group
         self._wire_dtype = wire_dtype
+        self._workspace = Workspace()
 
-    def scatter(self, bucket: Tensor) -> Tensor:
-        """Return this rank's slice of every bucket, rows `(W, n)`; n differs by at most 1 between ranks."""
-        sent = bucket if self._wire_dtype is None else bucket.to(self._wire_dtype)
+    def scatter(self, bucket: Tensor) -> Callable[[], Tensor]:
+        """Send this rank's slices; return a function that waits for rows `(W, n)`, n alike to within 1."""
+        sent = bucket
+        if self._wire_dtype is not None:
+            sent = self._workspace.take(1, bucket.numel(), self._wire_dtype)[0].copy_(bucket)
         slices = sent.tensor_split(self._group.size())
         own = slices[self._group.rank()]
-        rows = own.new_empty(len(slices), own.numel())
-        rows[self._group.rank()].copy_(own)
-        self._swap(slices, list(rows))
-        return rows
+        rows = self._workspace.take(len(slices), own.numel(), own.dtype)
+        finish = self._swap(slices, rows.unbind(), _SCATTER)
+
+        def wait() -> Tensor:
+            rows[self._group.rank()].copy_(own)
+            finish()
+            if sent is not bucket:
+                self._workspace.give_back(sent)
+            return rows
+
+        return wait
 
     def sum(self, gramian: Tensor) -> Tensor:
         """All-reduce the slices' Gramians `(W, W)`."""
@@ -133,40 +161,87 @@ class PeerExchange:
 
     def gather(self, rows: Tensor, weights: Tensor, bucket: Tensor) -> None:
         """Average this rank's slice in place and send it to everyone's bucket `(N,)`."""
-        received = bucket if self._wire_dtype is None else torch.empty_like(bucket, dtype=self._wire_dtype)
+        received = bucket
+        if self._wire_dtype is not None:
+            received = self._workspace.take(1, bucket.numel(), self._wire_dtype)[0]
         slices = received.tensor_split(self._group.size())
         own = combine(rows, weights, out=slices[self._group.rank()])
-        self._swap([own] * len(slices), slices)
+        self._workspace.give_back(rows)
+        self._swap([own] * len(slices), slices, _GATHER)()
         if received is not bucket:
             bucket.copy_(received)
+            self._workspace.give_back(received)
 
-    def _swap(
-        self, sent: "list[Tensor] | tuple[Tensor, ...]", received: "list[Tensor] | tuple[Tensor, ...]"
-    ) -> None:
-        """Send `sent[r]` to each other rank r and receive its tensor into `received[r]`."""
+    def _swap(self, sent: Sequence[Tensor], received: Sequence[Tensor], tag: int) -> Callable[[], None]:
+        """Send `sent[r]` to each other rank r, receive its tensor into `received[r]`; return the wait for both."""
         rank, size = self._group.rank(), self._group.size()
-        works = []
-        for step in range(1, size):
-            source = (rank - step) % size
-            works.append(dist.irecv(received[source], group=self._group, group_src=source))
-        for step in range(1, size):
-            target = (rank + step) % size
-            works.append(dist.isend(sent[target], group=self._group, group_dst=target))
-        for work in works:
-            if work is not None:
-                work.wait()
+        others = [(rank + step) % size for step in range(1, size)]
+        works = [dist.irecv(received[r], group=self._group, group_src=r, tag=tag) for r in reversed(others)]
+        works += [dist.isend(sent[r], group=self._group, group_dst=r, tag=tag) for r in others]
+
+        def finish() -> None:
+            for work in works:
+                if work is not None:
+                    work.wait()
+
+        return finish
+
+
+_SCATTER, _GATHER = 1, 2  # tags: each kind of message has its own order
+
+
+class Workspace:
+    """CPU memory that is used again. Holds what was in use at once, at most, plus what no longer fits."""
+
+    def __init__(self) -> None:
+        self._free: list[Tensor] = []
+        self._lent: dict[int, Tensor] = {}
+        self._lock = Lock()
+
+    def take(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """Return an uninitialised matrix `(rows, columns)`, in the smallest free memory that holds it."""
+        size = rows * columns * dtype.itemsize
+        with self._lock:
+            fitting = [i for i, memory in enumerate(self._free) if memory.numel() >= size]
+            if fitting:
+                memory = self._free.pop(fitting[0])
+            else:  # the largest free memory is too small: replace it
+                del self._free[-1:]
+                memory = torch.empty(size, dtype=torch.uint8)
+            matrix = memory[:size].view(dtype).view(rows, columns)
+            if size:
+                self._lent[matrix.data_ptr()] = memory
+        return matrix
+
+    def give_back(self, matrix: Tensor) -> None:
+        """Let what `take` returned be used again."""
+        with self._lock:
+            memory = self._lent.pop(matrix.data_ptr(), None)
+            if memory is not None:
+                self._free.append(memory)
+                self._free.sort(key=Tensor.numel)
 
 
 # Below this many bytes in all, a bucket's time is latency and the gather exchange's two hops win.
 _LATENCY_BYTES = 65_536
 
 
-def choose_exchange(
-    name: str, group: dist.ProcessGroup, bucket: Tensor, wire_dtype: torch.dtype | None
-) -> Exchange:
-    """Return the exchange called name; `"auto"` decides by W and the bucket's bytes, alike on every rank."""
-    wire_dtype = wire_dtype if group.size() > 1 else None  # nothing travels
-    small = group.size() * bucket.numel() * bucket.element_size() <= _LATENCY_BYTES
-    if name == "gather" or (name == "auto" and small):
-        return GatherExchange(group, wire_dtype)
-    return (PeerExchange if bucket.device.type == "cpu" else ShardedExchange)(group, wire_dtype)
+class Exchanges:
+    """The exchanges of one group, each made when first needed."""
+
+    def __init__(self, group: dist.ProcessGroup, wire_dtype: torch.dtype | None) -> None:
+        self._group = group
+        self._wire_dtype = wire_dtype if group.size() > 1 else None  # nothing travels
+        self._made: dict[type, Exchange] = {}
+
+    def choose(self, name: str, bucket: Tensor) -> Exchange:
+        """Return the exchange called name; `"auto"` decides by W and the bucket's bytes, alike on every rank."""
+        small = self._group.size() * bucket.numel() * bucket.element_size() <= _LATENCY_BYTES
+        kind: type[GatherExchange | ShardedExchange | PeerExchange]
+        if name == "gather" or (name == "auto" and small):
+            kind = GatherExchange
+        else:
+            kind = PeerExchange if bucket.device.type == "cpu" else ShardedExchange
+        if kind not in self._made:
+            self._made[kind] = kind(self._group, self._wire_dtype)
+        return self._made[kind]

@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from gaf_ddp.agreement import decide
 from gaf_ddp.gramian import gram
-from gaf_ddp.overlap import Lane
 from gaf_ddp.state import GAFState, Share
 
 
@@ -47,30 +46,28 @@ def gaf_hook(
             "torch.compile's optimize_ddp='python_reducer' passes none: "
             "set torch._dynamo.config.optimize_ddp to True or False"
         )
-    lane = state.lane(bucket.buffer().device)
+    buffer = bucket.buffer()
+    lane, exchange = state.connect(buffer)
     if lane.group.size() == 1 and state.step == 0 and bucket.index() == 0:
         warnings.warn("gaf_ddp: world size 1, there are no other gradients to filter against", stacklevel=2)
-    share = Share(bucket.buffer(), bucket.parameters(), bucket.is_last(), lane.promise())
-    return lane.run(partial(_filter, state, share, lane), share.promise)
+    promise = lane.promise()
+    share = Share(buffer, bucket.parameters(), bucket.is_last(), promise, exchange, exchange.scatter(buffer))
+    return lane.run(partial(_filter, state, share), promise)
 
 
-def _filter(state: GAFState, share: Share, lane: Lane) -> None:
-    """Exchange one bucket; once a decision is due, take it for every bucket that waits for it."""
-    exchange = state.exchange_for(share, lane)
-    share.rows = exchange.scatter(share.buffer)
-    share.gramian = gram(share.rows)
-    shares = state.wait(share)
-    if not shares:
+def _filter(state: GAFState, share: Share) -> None:
+    """Receive one bucket's rows; once a decision is due, take it for every bucket that waits for it."""
+    rows = share.arrive()
+    waiting = state.wait(share, rows, gram(rows))
+    if not waiting:
         return
-    gramian = exchange.sum(_total([s.gramian for s in shares if s.gramian is not None]))
+    gramian = share.exchange.sum(_total([gramian for _, _, gramian in waiting]))
     agreement = decide(gramian, state.weighting_now(), state.max_norm_ratio)
-    for s in shares:
-        if s.rows is not None:
-            exchange.gather(s.rows, agreement.weights.to(s.rows.device), s.buffer)
-            s.rows = None  # free this slice before the next is gathered
-    state.record(agreement, shares)
-    for s in shares:
-        s.promise.set_result(s.buffer)
+    for share, rows, _ in waiting:
+        share.exchange.gather(rows, agreement.weights, share.buffer)
+    state.record(agreement, [share for share, _, _ in waiting])
+    for share, _, _ in waiting:
+        share.promise.set_result(share.buffer)
 
 
 def _total(gramians: list[torch.Tensor]) -> torch.Tensor:

@@ -33,15 +33,18 @@ class ThreadLane:
         self._promises: list[Promise] = []
 
     def promise(self) -> Promise:
-        """Return an empty future that this lane completes, at the latest when its work fails."""
+        """Return an empty future that is completed by the work, or by the lane when the work fails.
+
+        Raises RuntimeError if the lane is closed.
+        """
+        if self._error is not None:
+            raise RuntimeError("this rank left the others at an earlier error; restart the job") from self._error
         self._promises = [p for p in self._promises if not p.done()]
         self._promises.append(Future())
         return self._promises[-1]
 
     def run(self, work: Callable[[], None], promise: Promise) -> Promise:
         """Queue the work; return a future of what it puts into the promise."""
-        if self._error is not None:
-            raise RuntimeError("this rank left the others at an earlier error; restart the job") from self._error
         task = self._executor.submit(self._guarded, work)
         try:
             # Runs at the end of backward, before DDP waits for the promise, and re-raises what the work raised.

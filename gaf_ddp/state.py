@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gaf_ddp.agreement import Agreement, AgreementMeter
-from gaf_ddp.exchange import Exchange, choose_exchange
+from gaf_ddp.exchange import Exchange, Exchanges
 from gaf_ddp.overlap import Lane, Promise, open_lane
 from gaf_ddp.weighting import Mean, NeighborhoodAgreement, require_tau
 
@@ -26,8 +26,8 @@ class Share:
     parameters: list[Tensor]
     is_last: bool
     promise: Promise
-    rows: Tensor | None = None  # (W, n)
-    gramian: Tensor | None = None  # (W, W), of these rows
+    exchange: Exchange
+    arrive: Callable[[], Tensor]  # waits for the rows (W, n)
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ class GAFState:
         self.meter = AgreementMeter()
 
         self._parent: dist.ProcessGroup | None = None
-        self._lanes: dict[torch.device, Lane] = {}
-        self._waiting: list[Share] = []
+        self._lanes: dict[torch.device, tuple[Lane, Exchanges]] = {}
+        self._waiting: list[tuple[Share, Tensor, Tensor]] = []
         self._decided: list[Decision] = []
 
     @property
@@ -172,21 +172,22 @@ class GAFState:
 
     # What follows is for gaf_hook.
 
-    def lane(self, device: torch.device) -> Lane:
-        """Return where this device's buckets are worked on; made at the first bucket, again for a new group."""
+    def connect(self, buffer: Tensor) -> tuple[Lane, Exchange]:
+        """Return where a bucket is worked on and how it travels; made at the first bucket, anew for a new group.
+
+        The choice follows from the settings, W and the bucket's bytes alone: the same on every rank.
+        """
         parent = self.process_group or dist.group.WORLD
         if parent is None:
             raise ValueError("process_group is None and there is no default group: call init_process_group first")
         if parent is not self._parent:
             self._parent, self._lanes = parent, {}
-        if device not in self._lanes:
-            self._lanes[device] = open_lane(parent, device)
-        return self._lanes[device]
-
-    def exchange_for(self, share: Share, lane: Lane) -> Exchange:
-        """Return how this bucket travels, from the settings, W and its bytes alone: the same on every rank."""
+        if buffer.device not in self._lanes:
+            lane = open_lane(parent, buffer.device)
+            self._lanes[buffer.device] = lane, Exchanges(lane.group, self.wire_dtype)
+        lane, exchanges = self._lanes[buffer.device]
         name = "sharded" if self.exchange == "auto" and self.scope == "model" else self.exchange
-        return choose_exchange(name, lane.group, share.buffer, self.wire_dtype)
+        return lane, exchanges.choose(name, buffer)
 
     def weighting_now(self) -> Callable[[Tensor], Tensor]:
         """Return the weighting of the current step."""
@@ -196,9 +197,9 @@ class GAFState:
             return self.weighting
         return NeighborhoodAgreement(self.tau(self.step) if callable(self.tau) else self.tau)
 
-    def wait(self, share: Share) -> list[Share]:
+    def wait(self, share: Share, rows: Tensor, gramian: Tensor) -> list[tuple[Share, Tensor, Tensor]]:
         """Add a bucket to those without a decision; return them all if it is time for one, else none."""
-        self._waiting.append(share)
+        self._waiting.append((share, rows, gramian))
         if self.scope == "model" and not share.is_last:
             return []
         ready, self._waiting = self._waiting, []

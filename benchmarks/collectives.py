@@ -1,0 +1,154 @@
+"""Collectives in nccl-tests' columns, with the filter's exchanges beside the all-reduce they replace.
+
+    torchrun --standalone --nproc-per-node 4 -m benchmarks.collectives -b 8 -e 1G -f 4 --json out.json
+
+algbw is the buffer's size over the time. busbw is algbw times the share of the size that each rank must send,
+2 (W − 1)/W for an all-reduce and (W − 1)/W for the others, so that it compares with the link's speed whatever
+W is. The filter's exchanges are given all_reduce's factor: their busbw says how much of an all-reduce's speed
+is left. Their time includes the Gramian, the decision and the weighted sum.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks.measure import banner, hardware, interleaved, ratio, say, start_ranks, write_json
+from gaf_ddp import NeighborhoodAgreement, gram
+from gaf_ddp.agreement import decide
+from gaf_ddp.exchange import Exchange, Exchanges
+
+Operation = tuple[Callable[[], object], Callable[[], int], float]  # run, count wrong elements, busbw factor
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def size_in_bytes(text: str) -> int:
+    """Return the bytes of a size as nccl-tests takes it: 8, 64K, 25M, 1G."""
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    if unit not in _UNITS or not number.isdigit() or int(number) < 1:
+        raise argparse.ArgumentTypeError(
+            f"a size must be a positive number, then K, M, G or nothing, found {text!r}"
+        )
+    return int(number) * _UNITS[unit]
+
+
+def filter_bucket(exchange: Exchange, bucket: Tensor) -> None:
+    """Do what the hook does for one bucket."""
+    rows = exchange.scatter(bucket)()
+    gramian = exchange.sum(gram(rows))
+    exchange.gather(rows, decide(gramian, NeighborhoodAgreement(2.0), 10.0).weights, bucket)
+
+
+def operations(count: int, dtype: torch.dtype, device: torch.device) -> dict[str, Operation]:
+    """Return every collective on buffers of count elements, 1 + rank in each element to start with."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    count = max(count // size, 1) * size
+    full = torch.full((count,), 1.0 + rank, dtype=dtype, device=device)
+    slice_ = full[: count // size].clone()
+    reduced, out, small = torch.zeros_like(full), torch.empty_like(full), torch.empty_like(slice_)
+    group = dist.group.WORLD
+    assert group is not None
+    total, by_rank = size * (size + 1) / 2, 1.0 + torch.arange(size, device=device).repeat_interleave(len(slice_))
+
+    def checked(run: Callable[[], object], result: Tensor, expected: float | Tensor) -> Callable[[], int]:
+        def wrong() -> int:
+            if result is not small:
+                result.copy_(full)
+            run()
+            return int((~torch.isclose(result.float(), torch.as_tensor(expected, device=device), rtol=1e-2)).sum())
+
+        return wrong
+
+    def operation(run: Callable[[], object], result: Tensor, expected: float | Tensor, factor: float) -> Operation:
+        return run, checked(run, result, expected), factor
+
+    half = (size - 1) / size
+    named = {
+        "all_reduce": operation(lambda: dist.all_reduce(reduced), reduced, total, 2 * half),
+        "reduce_scatter": operation(lambda: dist.reduce_scatter_tensor(small, full), small, total, half),
+        "all_gather": operation(lambda: dist.all_gather_into_tensor(out, slice_), out, by_rank, half),
+        "all_to_all": operation(lambda: dist.all_to_all_single(out, full), out, by_rank, half),
+    }
+    for name in ("sharded", "gather"):
+        filtered, exchange = full.clone(), Exchanges(group, None).choose(name, full)
+        run = partial(filter_bucket, exchange, filtered)
+        named[f"gaf_{name}"] = operation(run, filtered, total / size, 2 * half)
+    return named
+
+
+def measure_size(size: int, dtype: torch.dtype, device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """Return one row per collective for buffers of about this many bytes."""
+    count = size // torch.empty((), dtype=dtype).element_size()
+    named = operations(count, dtype, device)
+    calls = 10 if size < 2**20 else 1
+    timings = interleaved({name: run for name, (run, _, _) in named.items()}, repeats, device, calls)
+    rows = []
+    for name, (_, wrong, factor) in named.items():
+        seconds = median(timings[name])
+        rows.append(
+            {
+                "collective": name,
+                "size": size,
+                "count": count,
+                "type": str(dtype).removeprefix("torch."),
+                "time_us": seconds * 1e6,
+                "algbw_GBps": size / seconds / 1e9,
+                "busbw_GBps": size / seconds / 1e9 * factor,
+                "wrong": wrong(),
+                "to_all_reduce": ratio(timings, name, "all_reduce"),
+            }
+        )
+    return rows
+
+
+def row_text(row: dict[str, Any]) -> str:
+    """Return one line in nccl-tests' columns."""
+    return (
+        f"{row['size']:>12} {row['count']:>12} {row['type']:>9} {row['time_us']:>11.1f} {row['algbw_GBps']:>8.3f} "
+        f"{row['busbw_GBps']:>8.3f} {row['wrong']:>7} {row['to_all_reduce']['median']:>8.2f}  {row['collective']}"
+    )
+
+
+def arguments() -> argparse.Namespace:
+    """Return the command line, with nccl-tests' letters."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("-b", "--minbytes", type=size_in_bytes, default=8)
+    parser.add_argument("-e", "--maxbytes", type=size_in_bytes, default=2**30)
+    parser.add_argument("-f", "--stepfactor", type=int, default=4)
+    parser.add_argument("-n", "--repeats", type=int, default=11)
+    parser.add_argument("-d", "--datatype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--quick", action="store_true", help="three sizes up to 1 MB, few repeats")
+    given = parser.parse_args()
+    if given.stepfactor < 2:
+        parser.error(f"--stepfactor must be at least 2, found {given.stepfactor}")
+    if given.quick:
+        given.minbytes, given.maxbytes, given.stepfactor, given.repeats = 1024, 2**20, 32, 3
+    return given
+
+
+def main() -> None:
+    """Sweep the sizes and print a table."""
+    given, device = arguments(), start_ranks()
+    facts = hardware(device)
+    say(banner(facts))
+    names = ("time(us)", 11), ("algbw", 8), ("busbw", 8), ("#wrong", 7), ("ratio", 8)
+    say(f"#{'size':>11} {'count':>12} {'type':>9} " + " ".join(f"{name:>{width}}" for name, width in names))
+    rows, size = [], given.minbytes
+    while size <= given.maxbytes:
+        fresh = measure_size(size, getattr(torch, given.datatype), device, given.repeats)
+        say("\n".join(row_text(row) for row in fresh))
+        rows += fresh
+        size *= given.stepfactor
+    write_json(given.json, facts, rows)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

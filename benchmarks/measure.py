@@ -1,0 +1,114 @@
+"""What every benchmark here shares: ranks, a hardware banner, interleaved timing, tables and JSON."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+Timings = dict[str, list[float]]
+
+
+def start_ranks() -> torch.device:
+    """Join torchrun's group, on NCCL if every local rank has a GPU of its own, and return this rank's device."""
+    if "RANK" not in os.environ:
+        raise SystemExit("start this with torchrun, e.g. torchrun --standalone --nproc-per-node 4 -m benchmarks.…")
+    local = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
+        torch.cuda.set_device(local)
+        dist.init_process_group("nccl", device_id=torch.device("cuda", local))
+        return torch.device("cuda", local)
+    dist.init_process_group("gloo")
+    return torch.device("cpu")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleaved(
+    candidates: dict[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device,
+    calls: int = 1,
+    warmup: int = 2,
+) -> Timings:
+    """Time the candidates in turn, A B C A B C …, so that a drift of the machine's speed hits all alike.
+
+    Returns seconds per call: for each candidate one number per repeat, the mean over the ranks of a group.
+    """
+    timings: Timings = {name: [] for name in candidates}
+    for turn in range(warmup + repeats):
+        for name, candidate in candidates.items():
+            synchronize(device)
+            if dist.is_initialized():
+                dist.barrier()
+            begin = time.perf_counter()
+            for _ in range(calls):
+                candidate()
+            synchronize(device)
+            if turn >= warmup:
+                timings[name].append((time.perf_counter() - begin) / calls)
+    return {name: _mean_over_ranks(seconds, device) for name, seconds in timings.items()}
+
+
+def ratio(timings: Timings, name: str, baseline: str) -> dict[str, float]:
+    """Return the median, lowest and highest ratio of a candidate to the baseline, repeat by repeat."""
+    ratios = [a / b for a, b in zip(timings[name], timings[baseline], strict=True)]
+    return {"median": median(ratios), "low": min(ratios), "high": max(ratios)}
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """Return what a reader must know to compare the numbers."""
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    return {
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "backend": dist.get_backend() if dist.is_initialized() else "none",
+        "world_size": world_size,
+        "threads_per_rank": torch.get_num_threads(),
+    }
+
+
+def banner(facts: dict[str, Any]) -> str:
+    """Return the facts as comment lines, as nccl-tests prints them."""
+    return "\n".join(f"# {name}: {value}" for name, value in facts.items())
+
+
+def say(text: str) -> None:
+    """Print on rank 0."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def write_json(path: Path | None, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write the facts and rows on rank 0, if a path is given."""
+    if path is not None and (not dist.is_initialized() or dist.get_rank() == 0):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"hardware": facts, "rows": rows}, indent=1) + "\n")
+
+
+def _mean_over_ranks(seconds: list[float], device: torch.device) -> list[float]:
+    if not dist.is_initialized():
+        return seconds
+    total = torch.tensor(seconds, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return [float(s) for s in (total / dist.get_world_size()).tolist()]
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
