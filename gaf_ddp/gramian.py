@@ -4,7 +4,10 @@ Both functions read each row once, in chunks, and hold no second copy of the row
 processes; every rank calls them on the slice of the gradients it owns.
 """
 
+import os
 from collections.abc import Callable
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -30,6 +33,10 @@ def gram(rows: Tensor) -> Tensor:
         ValueError: rows is not a floating point matrix.
     """
     _require_matrix(rows)
+    fused = kernels(rows.device.type)
+    if fused is not None and fused.can_gram(rows):
+        products: Tensor = fused.gram(rows)
+        return products
     wide = _wide(rows)
     # Matrix products on an accelerator may silently use TF32, float64 never does.
     product = torch.float32 if rows.device.type == "cpu" and wide == torch.float32 else torch.float64
@@ -74,6 +81,10 @@ def combine(rows: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
         out = torch.empty_like(rows[0])
     if out.shape != rows.shape[1:]:
         raise ValueError(f"out must have shape ({rows.shape[1]},), found {tuple(out.shape)}")
+    fused = kernels(rows.device.type)
+    if fused is not None and fused.can_combine(rows, out):
+        combined: Tensor = fused.combine(rows, weights, out)
+        return combined
     wide = _wide(rows)
     if out.dtype == rows.dtype == wide:
         return _weighted_sum(rows, weights, out)
@@ -93,6 +104,21 @@ def filter_gradients(rows: Tensor, weighting: Callable[[Tensor], Tensor]) -> Ten
         `(n,)` in the rows' dtype; zeros when nothing agrees.
     """
     return combine(rows, weighting(gram(rows)))
+
+
+@cache
+def kernels(device_type: str) -> ModuleType | None:
+    """Return the fused kernels of `_triton.py` for a device type, or None where plain torch does the work.
+
+    They run on NVIDIA GPUs where Triton is installed; the environment variable `GAF_DDP_TRITON=0` turns them off.
+    """
+    if device_type != "cuda" or torch.version.hip is not None or os.environ.get("GAF_DDP_TRITON") == "0":
+        return None
+    try:
+        from gaf_ddp import _triton
+    except ImportError:
+        return None
+    return _triton
 
 
 def _weighted_sum(rows: Tensor, weights: Tensor, out: Tensor) -> Tensor:

@@ -1,0 +1,160 @@
+"""The fused kernels: their values in Triton's interpreter, and that they compile for GPUs, without a GPU."""
+
+import os
+import subprocess
+import sys
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from packaging.version import Version
+
+from gaf_ddp import NeighborhoodAgreement, gramian
+from gaf_ddp.agreement import decide
+
+triton = pytest.importorskip("triton")
+
+# triton.language decides at import whether its functions are interpreted: hence a process of its own.
+interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+on_gpu = torch.cuda.is_available() and not interpreted
+needs_kernels = pytest.mark.skipif(not (interpreted or on_gpu), reason="runs in the interpreter or on a GPU")
+DEVICE = torch.device("cuda" if on_gpu else "cpu")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+# Triton 3.6's interpreter converts arrays of one element to scalars, which NumPy 2.4 refuses; 3.9's does not.
+unlucky_pair = Version(triton.__version__) < Version("3.9") and Version(np.__version__) >= Version("2.4")
+
+
+@pytest.mark.skipif(interpreted, reason="is the interpreter's process itself")
+@pytest.mark.skipif(unlucky_pair, reason="this Triton's interpreter needs an older NumPy")
+def test_values_in_the_interpreter() -> None:
+    """Everything below, with TRITON_INTERPRET=1; nothing may be skipped there but the compilation."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-rs", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=170,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 skipped" in done.stdout, done.stdout  # this test and the compilations
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("world_size", [2, 3, 8, 17])
+def test_gram_against_float64(world_size: int, dtype: torch.dtype) -> None:
+    from gaf_ddp import _triton
+
+    for columns in (1, 1100):
+        rows = torch.randn(world_size, columns, device=DEVICE).to(dtype)
+        assert _triton.can_gram(rows)
+        exact = rows.double() @ rows.double().T
+        # Products of 1/4 Ki terms in float32: 4e-7 of the largest entry was the worst seen.
+        assert (_triton.gram(rows) - exact).abs().max() <= 2e-6 * exact.abs().max()
+
+
+@needs_kernels
+def test_a_row_with_nan_or_inf_spoils_its_own_row_and_column_only() -> None:
+    from gaf_ddp import _triton
+
+    for dtype, bad in product(DTYPES, (torch.nan, torch.inf)):
+        rows = torch.randn(5, 700, device=DEVICE).to(dtype)
+        rows[2, 650] = bad
+        finite = _triton.gram(rows).isfinite()
+        expected = torch.ones(5, 5, dtype=torch.bool, device=DEVICE)
+        expected[2, :] = expected[:, 2] = False
+        assert torch.equal(finite, expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_combine_against_float64_without_touching_left_out_rows(dtype: torch.dtype) -> None:
+    from gaf_ddp import _triton
+
+    for world_size, columns in product((2, 3, 70), (1, 4099)):
+        rows = torch.randn(world_size, columns, device=DEVICE).to(dtype)
+        weights = torch.rand(world_size, device=DEVICE)
+        weights[::2] = 0
+        exact = weights.double() @ rows.double()
+        rows[::2] = torch.nan
+        out = _triton.combine(rows, weights, torch.empty(columns, dtype=dtype, device=DEVICE))
+        torch.testing.assert_close(out, exact.to(dtype))  # torch's default tolerance for the dtype
+
+
+@needs_kernels
+def test_a_nan_weight_makes_the_result_nan() -> None:
+    from gaf_ddp import _triton
+
+    rows, weights = torch.randn(3, 10, device=DEVICE), torch.full((3,), torch.nan, device=DEVICE)
+    assert _triton.combine(rows, weights, torch.empty(10, device=DEVICE)).isnan().all()
+
+
+def _awkward_rows(world_size: int, case: int) -> torch.Tensor:
+    """Return rows of which some are absent, too long, alike, or all of one kind, by the case's number."""
+    rows = torch.randn(world_size, max(2, world_size // 2), generator=torch.Generator().manual_seed(case))
+    if case % 3 == 0:
+        rows[0] = torch.nan
+    if case % 4 == 0:
+        rows[-1] = 0
+    if case % 5 == 0:
+        rows[world_size // 2] *= 1000
+    if case % 7 == 0:
+        rows[1] = rows[0]
+    if case % 11 == 0:
+        rows[:] = torch.inf
+    if case % 13 == 0:
+        rows[:] = 0
+    return rows
+
+
+@needs_kernels
+@pytest.mark.parametrize("world_size", [2, 3, 7, 33, 130])
+def test_the_decision_equals_the_reference(world_size: int) -> None:
+    from gaf_ddp import _triton
+
+    for case in range(27 if world_size < 33 else 8):
+        measured = gramian.gram(_awkward_rows(world_size, case))
+        tau, ratio = (0.25, 0.875, 1.0, 2.0, 0.0)[case % 5], (10.0, None)[case % 2]
+        reference = decide(measured, NeighborhoodAgreement(tau), ratio)
+        names = ("cosine", "weights", "kept", "agreed", "voters", "nonfinite", "overlong")
+        assert _triton.can_decide(measured.to(DEVICE))
+        fused = _triton.neighborhood(measured.to(DEVICE), tau, ratio)
+        for name, value in zip(names, fused, strict=True):
+            torch.testing.assert_close(
+                value.cpu(),
+                getattr(reference, name),
+                equal_nan=True,
+                msg=lambda m, n=name, c=case: f"{n}, {c}: {m}",
+            )
+
+
+@pytest.mark.skipif(interpreted, reason="the interpreter does not compile")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_without_spilling(capability: int) -> None:
+    """For one W of each code path, by Triton's compiler and its bundled assembler; no GPU is needed."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from gaf_ddp import _triton
+
+    flags = {name: "*i1" for name in ("keeps", "agreed", "votes", "nonfinites", "overlongs")}
+    decision = {"gramian": "*fp32", "cosine": "*fp64", "weights": "*fp32", **flags, "tau": "fp32", "ratio": "fp32"}
+    gram = {"rows": "*fp32", "partial": "*fp32", "columns": "i32"}
+    wide = {"COUNT": 64, "PADDED": 64, "BLOCK": 128, "IN_REGISTERS": False, "PRECISION": "tf32x3"}
+    narrow = {"COUNT": 8, "PADDED": 8, "BLOCK": 128, "IN_REGISTERS": True, "PRECISION": "tf32x3"}
+    for kernel, types, constants in (
+        (_triton._gram_kernel, gram, narrow),
+        (_triton._gram_kernel, gram, wide),
+        (_triton._combine_kernel, gram | {"weights": "*fp32", "out": "*fp32"}, {"COUNT": 8, "BLOCK": 2048}),
+        (_triton._neighborhood_kernel, decision, {"COUNT": 8, "PADDED": 8, "TILE": 8}),
+    ):
+        names = kernel.arg_names
+        signature = {name: "constexpr" if name in constants else types[name] for name in names}
+        source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+        compiled = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+        assert "ld.local" not in compiled.asm["ptx"]
+        assert compiled.asm["cubin"]
