@@ -5,7 +5,8 @@
 algbw is the buffer's size over the time. busbw is algbw times the share of the size that each rank must send,
 2 (W − 1)/W for an all-reduce and (W − 1)/W for the others, so that it compares with the link's speed whatever
 W is. The filter's exchanges are given all_reduce's factor: their busbw says how much of an all-reduce's speed
-is left. Their time includes the Gramian, the decision and the weighted sum.
+is left. Their time includes the Gramian, the decision and the weighted sum. memory is what the first call took at
+most beyond its buffers, in buffers; small sizes show the start-up of the collective itself.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.measure import banner, hardware, interleaved, ratio, say, start_ranks, write_json
+from benchmarks.measure import banner, hardware, interleaved, peak_memory, ratio, say, start_ranks, write_json
 from gaf_ddp import NeighborhoodAgreement, gram
 from gaf_ddp.agreement import decide
 from gaf_ddp.exchange import Exchange, Exchanges
@@ -87,6 +88,7 @@ def measure_size(size: int, dtype: torch.dtype, device: torch.device, repeats: i
     count = size // torch.empty((), dtype=dtype).element_size()
     named = operations(count, dtype, device)
     calls = 10 if size < 2**20 else 1
+    memory = {name: peak_memory(run, device) / size for name, (run, _, _) in named.items()}
     timings = interleaved({name: run for name, (run, _, _) in named.items()}, repeats, device, calls)
     rows = []
     for name, (_, wrong, factor) in named.items():
@@ -101,6 +103,7 @@ def measure_size(size: int, dtype: torch.dtype, device: torch.device, repeats: i
                 "algbw_GBps": size / seconds / 1e9,
                 "busbw_GBps": size / seconds / 1e9 * factor,
                 "wrong": wrong(),
+                "memory_buckets": memory[name],
                 "to_all_reduce": ratio(timings, name, "all_reduce"),
             }
         )
@@ -111,7 +114,8 @@ def row_text(row: dict[str, Any]) -> str:
     """Return one line in nccl-tests' columns."""
     return (
         f"{row['size']:>12} {row['count']:>12} {row['type']:>9} {row['time_us']:>11.1f} {row['algbw_GBps']:>8.3f} "
-        f"{row['busbw_GBps']:>8.3f} {row['wrong']:>7} {row['to_all_reduce']['median']:>8.2f}  {row['collective']}"
+        f"{row['busbw_GBps']:>8.3f} {row['wrong']:>7} {row['to_all_reduce']['median']:>8.2f} "
+        f"{row['memory_buckets']:>7.2f}  {row['collective']}"
     )
 
 
@@ -138,7 +142,7 @@ def main() -> None:
     given, device = arguments(), start_ranks()
     facts = hardware(device)
     say(banner(facts))
-    names = ("time(us)", 11), ("algbw", 8), ("busbw", 8), ("#wrong", 7), ("ratio", 8)
+    names = ("time(us)", 11), ("algbw", 8), ("busbw", 8), ("#wrong", 7), ("ratio", 8), ("memory", 7)
     say(f"#{'size':>11} {'count':>12} {'type':>9} " + " ".join(f"{name:>{width}}" for name, width in names))
     rows, size = [], given.minbytes
     while size <= given.maxbytes:

@@ -58,7 +58,38 @@ def interleaved(
             synchronize(device)
             if turn >= warmup:
                 timings[name].append((time.perf_counter() - begin) / calls)
-    return {name: _mean_over_ranks(seconds, device) for name, seconds in timings.items()}
+    return mean_over_ranks(timings, device)
+
+
+def mean_over_ranks(timings: Timings, device: torch.device) -> Timings:
+    """Return, for each candidate and repeat, the mean of the ranks' seconds."""
+    if not dist.is_initialized():
+        return timings
+    total = torch.tensor(list(timings.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return dict(zip(timings, (total / dist.get_world_size()).tolist(), strict=True))
+
+
+def peak_memory(run: Callable[[], object], device: torch.device) -> float:
+    """Return by how many bytes memory in use grew at most while run ran: the device's, or on a CPU what is resident.
+
+    Memory that earlier calls keep for reuse does not count on a CPU: measure the first call.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return float(torch.cuda.max_memory_allocated(device) - before)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark (Linux)
+    before = _resident("VmRSS")
+    run()
+    return float(_resident("VmHWM") - before)
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
 
 
 def ratio(timings: Timings, name: str, baseline: str) -> dict[str, float]:
@@ -98,14 +129,6 @@ def write_json(path: Path | None, facts: dict[str, Any], rows: list[dict[str, An
     if path is not None and (not dist.is_initialized() or dist.get_rank() == 0):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"hardware": facts, "rows": rows}, indent=1) + "\n")
-
-
-def _mean_over_ranks(seconds: list[float], device: torch.device) -> list[float]:
-    if not dist.is_initialized():
-        return seconds
-    total = torch.tensor(seconds, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return [float(s) for s in (total / dist.get_world_size()).tolist()]
 
 
 def _processor() -> str:

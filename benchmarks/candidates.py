@@ -1,0 +1,64 @@
+"""The hooks that a training step is measured with: DDP's own, its peers, and the filter's variants."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import debugging_hooks, default_hooks, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from gaf_ddp import GAFState, gaf_hook
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to average gradients."""
+
+    register: Callable[[DistributedDataParallel], None]
+    one_bucket: bool = False
+    note: str = ""
+
+
+def candidates() -> dict[str, Candidate]:
+    """Return every candidate by name; `ddp` is the baseline."""
+    gloo = dist.get_backend() == "gloo"
+    named = {
+        "ddp": Candidate(lambda model: None, note="no hook"),
+        "noop": _hook(debugging_hooks.noop_hook, note="sends nothing: the head-room"),
+        "allreduce": _hook(default_hooks.allreduce_hook),
+        "fp16": _hook(default_hooks.fp16_compress_hook),
+        "bf16": _hook(default_hooks.bf16_compress_hook),
+        # On gloo PowerSGD reorders its collectives between ranks when there are several buckets, and dies.
+        "powersgd": Candidate(_power_sgd, one_bucket=gloo, note="rank 1" + ", one bucket" * gloo),
+    }
+    for scope in ("bucket", "model"):
+        for exchange in ("sharded", "gather"):
+            named[f"gaf-{scope}-{exchange}"] = _gaf(scope=scope, exchange=exchange)
+        for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+            named[f"gaf-{scope}-{name}"] = _gaf(scope=scope, exchange="sharded", wire_dtype=dtype)
+    return named
+
+
+def wrap(candidate: Candidate, model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """Return the model under DDP with the candidate's hook."""
+    devices = [device] if device.type == "cuda" else None
+    cap = 10_000.0 if candidate.one_bucket else None
+    wrapped = DistributedDataParallel(model, device_ids=devices, bucket_cap_mb=cap)
+    candidate.register(wrapped)
+    return wrapped
+
+
+def _hook(hook: Any, note: str = "") -> Candidate:
+    return Candidate(lambda model: model.register_comm_hook(None, hook), note=note)
+
+
+def _gaf(**settings: Any) -> Candidate:
+    return Candidate(lambda model: model.register_comm_hook(GAFState(tau=1.0, **settings), gaf_hook))
+
+
+def _power_sgd(model: DistributedDataParallel) -> None:
+    state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2)
+    model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)

@@ -1,0 +1,178 @@
+"""A DDP training step with each hook, as a ratio to plain DDP in the same run.
+
+    torchrun --standalone --nproc-per-node 4 -m benchmarks.step_time --model resnet18 --json out.json
+
+Every candidate trains its own copy of the model; the copies take turns, step by step. Times are medians of the
+repeats, ratios are medians over repeats of candidate to plain DDP, with the lowest and highest. `backward` holds
+the communication; `step` is forward, backward and optimizer. `memory` is what the first three steps took at most
+beyond plain DDP's, in gradients (device memory on GPUs, resident memory on CPUs). `bytes` counts what this rank's
+interface sent in one step, relative to plain DDP, where --interface names one (all ranks' on a shared loopback).
+"""
+
+import argparse
+import time
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from benchmarks.candidates import candidates, wrap
+from benchmarks.measure import (
+    Timings,
+    banner,
+    hardware,
+    mean_over_ranks,
+    peak_memory,
+    ratio,
+    say,
+    start_ranks,
+    synchronize,
+    write_json,
+)
+
+
+def build(name: str, size: int) -> tuple[nn.Module, tuple[int, ...]]:
+    """Return a model and the shape of one input; size is the image's edge or the sequence's length."""
+    import torchvision
+
+    torch.manual_seed(0)
+    if name == "transformer":
+        layer = nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True)
+        return nn.Sequential(nn.TransformerEncoder(layer, 4), nn.Linear(256, 10)), (size, 256)
+    return getattr(torchvision.models, name)(num_classes=10), (3, size, size)
+
+
+class Lane:
+    """One candidate: a model of its own, its optimizer, and one step to be timed."""
+
+    def __init__(self, candidate: Any, model: nn.Module, device: torch.device) -> None:
+        self._model = wrap(candidate, model.to(device), device)
+        self._optimizer = torch.optim.SGD(self._model.parameters(), lr=1e-3)
+        self._device = device
+
+    def step(self, inputs: Tensor) -> tuple[float, float]:
+        """Return the seconds of one backward and of the whole step, all ranks starting each together."""
+        self._optimizer.zero_grad()
+        forward, loss = self._timed(lambda: self._model(inputs).square().mean())
+        backward, _ = self._timed(loss.backward)
+        update, _ = self._timed(self._optimizer.step)
+        return backward, forward + backward + update
+
+    def _timed(self, run: Any) -> tuple[float, Any]:
+        synchronize(self._device)
+        dist.barrier()
+        begin = time.perf_counter()
+        result = run()
+        synchronize(self._device)
+        return time.perf_counter() - begin, result
+
+
+def sent_bytes(interface: str | None) -> int:
+    """Return what the interface has sent so far, 0 without one."""
+    return int(Path(f"/sys/class/net/{interface}/statistics/tx_bytes").read_text()) if interface else 0
+
+
+def measure(lanes: dict[str, Lane], inputs: Tensor, repeats: int) -> tuple[Timings, Timings]:
+    """Return the seconds of backward and of the step, by candidate; three rounds of warm-up first."""
+    backward: Timings = {name: [] for name in lanes}
+    step: Timings = {name: [] for name in lanes}
+    for turn in range(3 + repeats):
+        for name, lane in lanes.items():
+            times = lane.step(inputs)
+            if turn >= 3:
+                backward[name].append(times[0])
+                step[name].append(times[1])
+    return mean_over_ranks(backward, inputs.device), mean_over_ranks(step, inputs.device)
+
+
+def wire_bytes(lanes: dict[str, Lane], inputs: Tensor, interface: str | None) -> dict[str, int]:
+    """Return the bytes sent in one step of each candidate."""
+    found = {}
+    for name, lane in lanes.items():
+        dist.barrier()
+        before = sent_bytes(interface)
+        lane.step(inputs)
+        dist.barrier()
+        found[name] = sent_bytes(interface) - before
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return one aligned line per candidate."""
+    lines = [f"{'hook':<20} {'backward':>9} {'ratio':>6} {'low':>6} {'high':>6} {'step':>9} {'ratio':>6} "
+             f"{'memory':>7} {'bytes':>6}"]  # fmt: skip
+    for row in rows:
+        back, whole = row["backward"], row["step"]
+        sent = "" if row["bytes_ratio"] is None else f"{row['bytes_ratio']:.3f}"
+        lines.append(
+            f"{row['hook']:<20} {row['backward_ms']:>7.1f}ms {back['median']:>6.2f} {back['low']:>6.2f} "
+            f"{back['high']:>6.2f} {row['step_ms']:>7.1f}ms {whole['median']:>6.2f} "
+            f"{row['memory_gradients']:>7.2f} {sent:>6} {row['note']}"
+        )
+    return "\n".join(lines)
+
+
+def arguments() -> argparse.Namespace:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", choices=["resnet18", "resnet50", "transformer"], default="resnet18")
+    parser.add_argument("--batch-size", type=int, default=4, help="per rank")
+    parser.add_argument("--size", type=int, default=64, help="the image's edge, or the sequence's length")
+    parser.add_argument("--hooks", nargs="+", help="a selection; default all")
+    parser.add_argument("-n", "--repeats", type=int, default=15)
+    parser.add_argument("--interface", help="whose counters to read, e.g. eth0")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--quick", action="store_true", help="a small transformer, four hooks, three repeats")
+    given = parser.parse_args()
+    if given.quick:
+        given.model, given.size, given.batch_size, given.repeats = "transformer", 8, 1, 3
+        given.hooks = ["allreduce", "gaf-bucket-sharded", "gaf-model-sharded", "gaf-bucket-bf16"]
+    return given
+
+
+def main() -> None:
+    """Measure the chosen hooks and print a table."""
+    given, device = arguments(), start_ranks()
+    known = candidates()
+    chosen = ["ddp", *(name for name in given.hooks or known if name != "ddp")]
+    if unknown := set(chosen) - set(known):
+        raise SystemExit(f"--hooks must be among {', '.join(known)}, found {', '.join(sorted(unknown))}")
+    model, shape = build(given.model, given.size)
+    gradient = sum(p.numel() * p.element_size() for p in model.parameters())
+    inputs = torch.randn(given.batch_size, *shape, device=device)
+    facts = {**hardware(device), "model": given.model, "gradient_bytes": gradient, "input": list(inputs.shape)}
+    say(banner(facts))
+    lanes: dict[str, Lane] = {}
+
+    def first_steps(name: str) -> None:
+        lanes[name] = Lane(known[name], build(given.model, given.size)[0], device)
+        for _ in range(3):
+            lanes[name].step(inputs)
+
+    memory = {name: peak_memory(partial(first_steps, name), device) for name in chosen}
+    backward, step = measure(lanes, inputs, given.repeats)
+    sent = wire_bytes(lanes, inputs, given.interface)
+    rows = [
+        {
+            "hook": name,
+            "backward_ms": median(backward[name]) * 1e3,
+            "step_ms": median(step[name]) * 1e3,
+            "backward": ratio(backward, name, "ddp"),
+            "step": ratio(step, name, "ddp"),
+            "memory_gradients": (memory[name] - memory["ddp"]) / gradient,
+            "bytes_ratio": sent[name] / sent["ddp"] if sent["ddp"] else None,
+            "note": known[name].note,
+        }
+        for name in chosen
+    ]
+    say(table(rows))
+    write_json(given.json, facts, rows)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
