@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -36,11 +36,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def interleaved(
-    candidates: dict[str, Callable[[], object]],
+    candidates: Mapping[str, Callable[[], object]],
     repeats: int,
     device: torch.device,
     calls: int = 1,
     warmup: int = 2,
+    group: dist.ProcessGroup | None = None,
 ) -> Timings:
     """Time the candidates in turn, A B C A B C …, so that a drift of the machine's speed hits all alike.
 
@@ -51,27 +52,27 @@ def interleaved(
         for name, candidate in candidates.items():
             synchronize(device)
             if dist.is_initialized():
-                dist.barrier()
+                dist.barrier(group=group)
             begin = time.perf_counter()
             for _ in range(calls):
                 candidate()
             synchronize(device)
             if turn >= warmup:
                 timings[name].append((time.perf_counter() - begin) / calls)
-    return mean_over_ranks(timings, device)
+    return mean_over_ranks(timings, device, group)
 
 
-def mean_over_ranks(timings: Timings, device: torch.device) -> Timings:
+def mean_over_ranks(timings: Timings, device: torch.device, group: dist.ProcessGroup | None = None) -> Timings:
     """Return, for each candidate and repeat, the mean of the ranks' seconds."""
     if not dist.is_initialized():
         return timings
     total = torch.tensor(list(timings.values()), dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return dict(zip(timings, (total / dist.get_world_size()).tolist(), strict=True))
+    dist.all_reduce(total, group=group)
+    return dict(zip(timings, (total / dist.get_world_size(group)).tolist(), strict=True))
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> float:
-    """Return by how many bytes memory in use grew at most while run ran: the device's, or on a CPU what is resident.
+    """Return by how many bytes memory in use grew at most during the call: the device's, or a CPU's resident one.
 
     Memory that earlier calls keep for reuse does not count on a CPU: measure the first call.
     """

@@ -1,0 +1,131 @@
+"""The filtering core against the device's copy bandwidth: gram, combine and the decision.
+
+    python -m benchmarks.filtering --json out.json
+
+For each W and size of rows `(W, n)`: gram reads the rows once, combine reads them and writes a W-th. `GB/s` is
+those bytes over the time, `roof` the share of the bandwidth of a copy of the rows in the same run (bytes read and
+written). `torch` is the same with torch's own product in the rows' dtype, which is less exact, and multiplies
+left-out rows. Calls rotate through buffers that together exceed the caches. Decisions are in microseconds.
+"""
+
+import argparse
+from collections.abc import Callable
+from itertools import cycle, product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import banner, hardware, interleaved, say, write_json
+from gaf_ddp import NeighborhoodAgreement, SequentialAgreement, Weighting, combine, gram
+from gaf_ddp.agreement import decide
+
+_CACHES = 2**28  # bytes; more than the last cache of the machines this was run on
+_MOST_BUFFERS = 32
+
+
+def rotating(function: Callable[[Tensor], object], buffers: list[Tensor]) -> Callable[[], object]:
+    """Return a call of function on the next buffer each time."""
+    turn = cycle(buffers)
+    return lambda: function(next(turn))
+
+
+def measure_rows(count: int, size: int, dtype: torch.dtype, device: torch.device, repeats: int) -> dict[str, Any]:
+    """Return one row of the table: W rows of together size bytes."""
+    columns = max(size // (count * dtype.itemsize), 1)
+    buffers = [
+        torch.randn(count, columns, device=device).to(dtype)
+        for _ in range(min(max(_CACHES // size, 1), _MOST_BUFFERS))
+    ]
+    weights = torch.full((count,), 1 / count, device=device)
+    same, out, target = weights.to(dtype), torch.empty_like(buffers[0][0]), torch.empty_like(buffers[0])
+    timings = interleaved(
+        {
+            "copy": rotating(target.copy_, buffers),
+            "gram": rotating(gram, buffers),
+            "gram_torch": rotating(lambda rows: rows @ rows.mT, buffers),
+            "combine": rotating(lambda rows: combine(rows, weights, out=out), buffers),
+            "combine_torch": rotating(lambda rows: torch.mv(rows.mT, same, out=out), buffers),
+        },
+        repeats,
+        device,
+        calls=max(1, min(20, 2**24 // size)),
+    )
+    seconds = {name: median(times) for name, times in timings.items()}
+    moved = {name: size * (1 if name.startswith("gram") else 1 + 1 / count) for name in seconds} | {
+        "copy": 2 * size
+    }
+    rate = {name: moved[name] / seconds[name] / 1e9 for name in seconds}
+    return {
+        "W": count,
+        "size": size,
+        "type": str(dtype).removeprefix("torch."),
+        "GBps": rate,
+        "roof": {name: rate[name] / rate["copy"] for name in rate},
+    }
+
+
+def measure_decision(count: int, device: torch.device, repeats: int) -> dict[str, Any]:
+    """Return the microseconds of one decision over W ranks, with the guards and the record."""
+    gramian = gram(torch.randn(count, 2 * count, device=device))
+    rules: dict[str, Weighting] = {
+        "neighborhood": NeighborhoodAgreement(1.0),
+        "sequential": SequentialAgreement(1.0),
+    }
+    timings = interleaved(
+        {name: lambda rule=rule: decide(gramian, rule, 10.0) for name, rule in rules.items()},  # type: ignore[misc]
+        repeats,
+        device,
+        calls=max(1, 256 // count),
+    )
+    return {"W": count, "decision_us": {name: median(times) * 1e6 for name, times in timings.items()}}
+
+
+def row_text(row: dict[str, Any]) -> str:
+    """Return one aligned line."""
+    if "decision_us" in row:
+        return f"{row['W']:>5} decision  " + "  ".join(f"{k} {v:.0f} us" for k, v in row["decision_us"].items())
+    rate, roof = row["GBps"], row["roof"]
+    return f"{row['W']:>5} {row['size']:>11} {row['type']:>9} {rate['copy']:>8.1f} " + " ".join(
+        f"{rate[n]:>8.1f} {roof[n]:>5.0%} {rate[n + '_torch']:>8.1f} {roof[n + '_torch']:>5.0%}"
+        for n in ("gram", "combine")
+    )
+
+
+def arguments() -> argparse.Namespace:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--max-bytes", type=int, help="largest rows; default 1 GB on a GPU, 64 MB on a CPU")
+    parser.add_argument("-n", "--repeats", type=int, default=9)
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--quick", action="store_true", help="one size, two W, few repeats")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Sweep W, sizes and dtypes and print a table."""
+    given = arguments()
+    device = torch.device(given.device)
+    largest = given.max_bytes or (2**30 if device.type == "cuda" else 2**26)
+    sizes = [size for size in (2**20, 25 * 2**20, 2**26, 2**28, 2**30) if size <= largest]
+    counts, decisions = [2, 4, 8, 16, 32, 64], [2, 8, 64, 256, 1024]
+    if given.quick:
+        sizes, counts, decisions, given.repeats = [2**20], [2, 8], [2, 8], 3
+    facts, rows = hardware(device), []
+    say(banner(facts))
+    say(f"#{'W':>4} {'size':>11} {'type':>9} {'copy':>8} " + " ".join(
+        f"{n + ' GB/s':>8} {'roof':>5} {'torch':>8} {'roof':>5}" for n in ("gram", "comb")))  # fmt: skip
+    for dtype, size, count in product((torch.float32, torch.bfloat16), sizes, counts):
+        rows.append(measure_rows(count, size, dtype, device, given.repeats))
+        say(row_text(rows[-1]))
+    for count in decisions:
+        rows.append(measure_decision(count, device, given.repeats))
+        say(row_text(rows[-1]))
+    write_json(given.json, facts, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Every performance benchmark runs with --quick, finds nothing wrong, and writes what it printed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import benchmarks
+
+ROOT = Path(benchmarks.__file__).parent.parent
+
+
+def run(module: str, output: Path, *arguments: str, ranks: int | None = 2) -> dict:
+    """Run a benchmark with --quick, under torchrun unless ranks is None; return its JSON."""
+    launcher = (
+        [] if ranks is None else ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+    )
+    command = [sys.executable, "-m", *launcher, module, "--quick", "--json", str(output), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(output.read_text())
+
+
+def test_collectives(tmp_path: Path) -> None:
+    result = run("benchmarks.collectives", tmp_path / "out.json")
+    assert {row["collective"] for row in result["rows"]} == {
+        "all_reduce", "reduce_scatter", "all_gather", "all_to_all", "gaf_sharded", "gaf_gather",
+    }  # fmt: skip
+    assert all(row["wrong"] == 0 and row["time_us"] > 0 for row in result["rows"])
+    assert result["hardware"]["world_size"] == 2
+
+
+def test_step_time(tmp_path: Path) -> None:
+    result = run("benchmarks.step_time", tmp_path / "out.json", "--interface", "lo")
+    rows = {row["hook"]: row for row in result["rows"]}
+    assert rows["ddp"]["backward"]["median"] == 1
+    assert rows["gaf-bucket-sharded"]["backward_ms"] > 0
+
+
+def test_step_time_rejects_an_unknown_hook(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m"]
+    command += ["benchmarks.step_time", "--model", "transformer", "--hooks", "nonsense"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0
+    assert "--hooks must be among ddp, noop" in done.stderr
+    assert "found nonsense" in done.stderr
+
+
+def test_filtering(tmp_path: Path) -> None:
+    result = run("benchmarks.filtering", tmp_path / "out.json", "--device", "cpu", ranks=None)
+    assert {row["W"] for row in result["rows"]} == {2, 8}
+
+
+def test_scaling(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    result = run("benchmarks.scaling", tmp_path / "out.json", "--plot", str(tmp_path / "out.png"))
+    rows = {row["W"]: row for row in result["rows"]}
+    assert sorted(rows) == [2**i for i in range(1, 11)]
+    assert rows[2]["measured"]["sharded"] > 0
+    # The model's bytes: an all-reduce's, and the Gramian's W² floats against the bucket's N.
+    assert rows[64]["sharded"]["bytes_ratio"] == pytest.approx(1 + 4 * 64**2 / 2**20)
+    assert (tmp_path / "out.png").stat().st_size > 10_000
