@@ -2,22 +2,28 @@
 
 import multiprocessing
 import os
+import pickle
 import time
 import traceback
 import uuid
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-# A fork server starts a clean interpreter, imports torch once, and forks the ranks from there: like spawn, but
-# without W imports of torch per test.
+# A fork server starts a clean interpreter, imports once what all tests need, and forks the ranks from there: like
+# spawn, but without W imports of torch per test.
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "gaf_ddp"])
+_processes.set_forkserver_preload(
+    ["torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "numpy", "pytest", "gaf_ddp"]
+)
+
+_GRACE = 10.0  # seconds the other ranks may go on once one has failed: they may only be waiting for it
 
 
 class RankError(AssertionError):
@@ -39,59 +45,79 @@ def run_ranks(
 ) -> list[Any]:
     """Call `body(device, *args)` on each rank of a fresh group and return what the ranks returned, in order.
 
-    Raises RankError with every rank's traceback if any rank raised or the time-out (seconds) passed; no process
-    outlives the call.
+    A rank ends its default group after body, unless body did. Warnings are errors there too, save the hook's at
+    W = 1. Body, args and what it returns are pickled: body is a function at the top of a module.
+
+    Raises RankError with every rank's traceback if any rank raised, did not exit with code 0 after it returned,
+    or the time-out (seconds) passed; no process outlives the call.
     """
     store = folder / f"store-{uuid.uuid4().hex}"
-    ranks = [_Rank(rank, world_size, store, backend, group_timeout, body, args) for rank in range(world_size)]
-    deadline = time.monotonic() + timeout
+    task = pickle.dumps((body, args))  # by value: tensors in shared memory would die with their owner
+    ranks = [_Rank(rank, world_size, store, backend, group_timeout, task) for rank in range(world_size)]
     try:
-        outcomes = [rank.outcome(deadline) for rank in ranks]
+        _collect(ranks, time.monotonic() + timeout)
     finally:
         for rank in ranks:
             rank.stop()
-    failures = {i: text for i, (ok, text) in enumerate(outcomes) if not ok}
+    failures = {i: rank.failure for i, rank in enumerate(ranks) if rank.failure is not None}
     if failures:
         raise RankError(failures)
-    return [value for _, value in outcomes]
+    return [rank.value for rank in ranks]
+
+
+def _collect(ranks: list["_Rank"], deadline: float) -> None:
+    """Wait until every rank has reported, or the deadline passed."""
+    waiting = {rank.pipe: rank for rank in ranks}
+    while waiting:
+        ready = connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            return
+        for pipe in ready:
+            rank = waiting.pop(pipe)  # type: ignore[call-overload]
+            rank.receive()
+            if rank.failure is not None:
+                deadline = min(deadline, time.monotonic() + _GRACE)
 
 
 class _Rank:
     def __init__(self, rank: int, world_size: int, *rest: Any) -> None:
-        self._pipe, theirs = _processes.Pipe(duplex=False)
+        self.failure: str | None = "did not finish in time"
+        self.value: Any = None
+        self.pipe, theirs = _processes.Pipe(duplex=False)
         self._process = _processes.Process(target=_main, args=(theirs, rank, world_size, *rest), daemon=True)
         self._process.start()
         theirs.close()
 
-    def outcome(self, deadline: float) -> tuple[bool, Any]:
+    def receive(self) -> None:
         try:
-            if self._pipe.poll(max(0.0, deadline - time.monotonic())):
-                ok, value = self._pipe.recv()
-                return bool(ok), value
+            self.failure, self.value = pickle.loads(self.pipe.recv_bytes())
         except EOFError:
             self._process.join(5)
-            return False, f"died with exit code {self._process.exitcode}"
-        return False, "did not finish in time"
+            self.failure = f"died with exit code {self._process.exitcode}"
 
     def stop(self) -> None:
-        self._process.join(5)
+        self._process.join(5 if self.failure is None else 0)
+        if self._process.exitcode != 0 and self.failure is None:
+            self.failure = f"returned, but its exit code 5 s later was {self._process.exitcode}"
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
+        self.pipe.close()
 
 
 def _main(
-    pipe: Connection,
+    pipe: connection.Connection,
     rank: int,
     world_size: int,
     store: Path,
     backend: str,
     group_timeout: float,
-    body: Callable[..., Any],
-    args: tuple[Any, ...],
+    task: bytes,
 ) -> None:
     torch.set_num_threads(1)
     os.environ["TORCH_SHOW_CPP_STACKTRACES"] = "0"
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", message="gaf_ddp: world size 1")
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -103,8 +129,12 @@ def _main(
             world_size=world_size,
             timeout=timedelta(seconds=group_timeout),
         )
+        dist.barrier()  # a rank whose body needs no other must not leave while they still connect
+        body, args = pickle.loads(task)
         value = body(device, *args)
-        dist.destroy_process_group()
-        pipe.send((True, value))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        report = pickle.dumps((None, value))
     except BaseException:
-        pipe.send((False, traceback.format_exc()))
+        report = pickle.dumps((traceback.format_exc(), None))
+    pipe.send_bytes(report)

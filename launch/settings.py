@@ -1,0 +1,128 @@
+"""What one training job is: every choice a user can make, and the checks that need the other choices."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from launch.errors import SettingsError
+
+# A job stopped and resumed may change these: they have no part in the numbers it computes.
+FREE_TO_CHANGE = frozenset({"data_dir", "download", "workers", "device", "out", "resume", "checkpoint_every"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One job. The command line in `launch/cli.py` explains each field and holds its default."""
+
+    data: str
+    data_dir: Path
+    download: bool
+    image_size: int
+    augment: bool
+    label_noise: float
+    corrupt_ranks: tuple[int, ...] | None
+    model: str | None
+
+    methods: tuple[str, ...]
+    tau: float
+    scope: Literal["model", "bucket"]
+    exchange: Literal["auto", "sharded", "gather"]
+    wire_dtype: str | None
+    max_norm_ratio: float | None
+    start_step: int
+
+    steps: int | None
+    epochs: float | None
+    batch_size: int
+    optimizer: str
+    lr: float
+    momentum: float
+    weight_decay: float
+    schedule: str
+    amp: str
+    seed: int
+    seeds: int
+
+    eval_every: int | None
+    checkpoint_every: int | None
+    out: Path | None
+    resume: bool
+    device: str
+    workers: int
+
+    @property
+    def runs(self) -> list[tuple[int, str]]:
+        """Every (seed, method) to train, in order: all methods of one seed before the next seed."""
+        return [(seed, method) for seed in range(self.seed, self.seed + self.seeds) for method in self.methods]
+
+    def as_plain(self) -> dict[str, object]:
+        """The settings as JSON can hold them."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Settings):
+    """Settings with nothing left open: the number of ranks and the size of the data are known."""
+
+    world: int
+    corrupt_ranks: tuple[int, ...]
+    model: str
+    steps: int
+    eval_every: int
+    checkpoint_every: int
+    out: Path
+
+
+def plan(settings: Settings, world: int, train_size: int, out: Path) -> Plan:
+    """Fill in what depends on the other choices; `SettingsError` where two of them contradict."""
+    steps = _steps(settings, world, train_size)
+    eval_every = settings.eval_every or max(1, steps // 20)
+    open_choices: dict[str, object] = {
+        "corrupt_ranks": _corrupt_ranks(settings, world),
+        "model": settings.model or ("mlp" if settings.data == "digits" else "resnet18"),
+        "steps": steps,
+        "eval_every": eval_every,
+        "checkpoint_every": _checkpoint_every(settings.checkpoint_every, eval_every),
+        "out": out,
+    }
+    return Plan(world=world, **{**vars(settings), **open_choices})
+
+
+def _steps(settings: Settings, world: int, train_size: int) -> int:
+    if settings.epochs is None:
+        return settings.steps or 400
+    return max(1, math.ceil(settings.epochs * train_size / (settings.batch_size * world)))
+
+
+def _checkpoint_every(asked: int | None, eval_every: int) -> int:
+    if asked is None:
+        return 5 * eval_every
+    if asked % eval_every:
+        raise SettingsError(f"--checkpoint-every must be a multiple of --eval-every ({eval_every}), found {asked}")
+    return asked
+
+
+def _corrupt_ranks(settings: Settings, world: int) -> tuple[int, ...]:
+    """The demonstration corrupts rank 1 where a majority stays honest; everything else only when asked."""
+    if settings.corrupt_ranks is None:
+        return (1,) if settings.data == "digits" and world >= 3 else ()
+    for rank in settings.corrupt_ranks:
+        if not 0 <= rank < world:
+            raise SettingsError(f"--corrupt-ranks must be ranks in [0, {world - 1}], found {rank}")
+    return tuple(sorted(set(settings.corrupt_ranks)))
+
+
+def differences(saved: dict[str, object], now: Plan) -> list[str]:
+    """Which settings keep `now` from going on where a job with the `saved` ones stopped."""
+    ignored = FREE_TO_CHANGE | {"world"}
+    return [
+        f"--{name.replace('_', '-')} (was {saved.get(name)!r}, now {value!r})"
+        for name, value in now.as_plain().items()
+        if name not in ignored and _plain(saved.get(name)) != _plain(value)
+    ]
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value

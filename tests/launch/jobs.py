@@ -1,0 +1,91 @@
+"""Runs launch.train on several ranks inside a test, and makes plans without a command line."""
+
+import contextlib
+import io
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from launch import checkpoint
+from launch.cli import parse
+from launch.settings import Plan, plan
+from launch.train import main
+
+RunRanks = Callable[..., list[Any]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one rank's program ended and what it showed."""
+
+    code: int
+    out: str
+    err: str
+
+
+def rank_of_job(device: torch.device, port: int, arguments: list[str]) -> Outcome:
+    """What runs on each rank: the program makes its own group, so the test's group ends first."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    where = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
+    os.environ |= {name: str(value) for name, value in where.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    warnings.resetwarnings()  # plotting and TensorBoard are not ours to keep free of them
+    out, err = io.StringIO(), _Shown()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(arguments)
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+class _Shown(io.StringIO):
+    """Keeps what is written, and passes it on for the case that the process dies."""
+
+    def write(self, text: str) -> int:
+        sys.__stderr__.write(text)  # type: ignore[union-attr]
+        return super().write(text)
+
+
+def run_job(
+    ranks: RunRanks,
+    world: int,
+    arguments: Sequence[object],
+    body: Callable[..., Outcome] = rank_of_job,
+    **options: Any,
+) -> list[Outcome]:
+    """Call launch.train's main on `world` ranks, as torchrun would."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return ranks(world, body, port, [str(a) for a in arguments], **options)
+
+
+def run_job_until_power_cut(ranks: RunRanks, world: int, arguments: Sequence[object], saves: int) -> None:
+    """The same, but rank 0 dies without a word right after it has written its checkpoint `saves` times."""
+    run_job(ranks, world, [saves, *arguments], body=_rank_until_power_cut)
+
+
+def _rank_until_power_cut(device: torch.device, port: int, arguments: list[str]) -> Outcome:
+    real_save, left = checkpoint.save, int(arguments.pop(0))
+
+    def save(plan: Plan, progress: checkpoint.Progress) -> None:
+        nonlocal left
+        real_save(plan, progress)
+        left -= 1
+        if left == 0:
+            os._exit(9)
+
+    checkpoint.save = save
+    return rank_of_job(device, port, arguments)
+
+
+def make_plan(*arguments: object, world: int = 4, train_size: int = 1297, out: Path = Path("unused")) -> Plan:
+    """A plan from command line arguments, as a job on `world` ranks makes it."""
+    return plan(parse([str(a) for a in arguments]), world, train_size, out)
