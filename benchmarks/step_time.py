@@ -4,9 +4,9 @@
 
 Every candidate trains its own copy of the model; the copies take turns, step by step. Times are medians of the
 repeats, ratios are medians over repeats of candidate to plain DDP, with the lowest and highest. `backward` holds
-the communication; `step` is forward, backward and optimizer. `memory` is what the first three steps took at most
-beyond plain DDP's, in gradients (device memory on GPUs, resident memory on CPUs). `bytes` counts what this rank's
-interface sent in one step, relative to plain DDP, where --interface names one (all ranks' on a shared loopback).
+the communication; `step` is forward, backward and optimizer. `memory` is the peak of one step beyond plain DDP's,
+in gradients, on GPUs (`collectives.py` measures it on CPUs). `bytes` counts what this rank's interface sent in one
+step, relative to plain DDP, where --interface names one (all ranks' on a shared loopback).
 """
 
 import argparse
@@ -73,7 +73,13 @@ class Lane:
 
 def sent_bytes(interface: str | None) -> int:
     """Return what the interface has sent so far, 0 without one."""
-    return int(Path(f"/sys/class/net/{interface}/statistics/tx_bytes").read_text()) if interface else 0
+    for line in Path("/proc/net/dev").read_text().splitlines() if interface else []:
+        name, _, counters = line.partition(":")
+        if name.strip() == interface:
+            return int(counters.split()[8])
+    if interface:
+        raise SystemExit(f"--interface must be a network interface of this host, found {interface}")
+    return 0
 
 
 def measure(lanes: dict[str, Lane], inputs: Tensor, repeats: int) -> tuple[Timings, Timings]:
@@ -108,10 +114,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         back, whole = row["backward"], row["step"]
         sent = "" if row["bytes_ratio"] is None else f"{row['bytes_ratio']:.3f}"
+        memory = "" if row["memory_gradients"] is None else f"{row['memory_gradients']:.2f}"
         lines.append(
             f"{row['hook']:<20} {row['backward_ms']:>7.1f}ms {back['median']:>6.2f} {back['low']:>6.2f} "
             f"{back['high']:>6.2f} {row['step_ms']:>7.1f}ms {whole['median']:>6.2f} "
-            f"{row['memory_gradients']:>7.2f} {sent:>6} {row['note']}"
+            f"{memory:>7} {sent:>6} {row['note']}"
         )
     return "\n".join(lines)
 
@@ -146,16 +153,11 @@ def main() -> None:
     inputs = torch.randn(given.batch_size, *shape, device=device)
     facts = {**hardware(device), "model": given.model, "gradient_bytes": gradient, "input": list(inputs.shape)}
     say(banner(facts))
-    lanes: dict[str, Lane] = {}
-
-    def first_steps(name: str) -> None:
-        lanes[name] = Lane(known[name], build(given.model, given.size)[0], device)
-        for _ in range(3):
-            lanes[name].step(inputs)
-
-    memory = {name: peak_memory(partial(first_steps, name), device) for name in chosen}
+    lanes = {name: Lane(known[name], build(given.model, given.size)[0], device) for name in chosen}
     backward, step = measure(lanes, inputs, given.repeats)
     sent = wire_bytes(lanes, inputs, given.interface)
+    on_gpu = device.type == "cuda"
+    memory = {name: peak_memory(partial(lane.step, inputs), device) for name, lane in lanes.items() if on_gpu}
     rows = [
         {
             "hook": name,
@@ -163,7 +165,7 @@ def main() -> None:
             "step_ms": median(step[name]) * 1e3,
             "backward": ratio(backward, name, "ddp"),
             "step": ratio(step, name, "ddp"),
-            "memory_gradients": (memory[name] - memory["ddp"]) / gradient,
+            "memory_gradients": (memory[name] - memory["ddp"]) / gradient if on_gpu else None,
             "bytes_ratio": sent[name] / sent["ddp"] if sent["ddp"] else None,
             "note": known[name].note,
         }

@@ -155,9 +155,15 @@ class PeerExchange:
         return wait
 
     def sum(self, gramian: Tensor) -> Tensor:
-        """All-reduce the slices' Gramians `(W, W)`."""
-        dist.all_reduce(gramian, group=self._group)
-        return gramian
+        """Add up the slices' Gramians `(W, W)`: swapped whole while that is little, one hop, else all-reduced."""
+        size = self._group.size()
+        if size * gramian.numel() > _SMALL_SWAP:
+            dist.all_reduce(gramian, group=self._group)
+            return gramian
+        received = gramian.new_empty(size, *gramian.shape)
+        received[self._group.rank()] = gramian
+        self._swap([gramian] * size, received.unbind(), _SUM)()
+        return received.sum(0)
 
     def gather(self, rows: Tensor, weights: Tensor, bucket: Tensor) -> None:
         """Average this rank's slice in place and send it to everyone's bucket `(N,)`."""
@@ -187,7 +193,8 @@ class PeerExchange:
         return finish
 
 
-_SCATTER, _GATHER = 1, 2  # tags: each kind of message has its own order
+_SCATTER, _SUM, _GATHER = 1, 2, 3  # tags: each kind of message has its own order
+_SMALL_SWAP = 16**3  # elements in all
 
 
 class Workspace:
