@@ -51,7 +51,8 @@ def gaf_hook(
     if lane.group.size() == 1 and state.step == 0 and bucket.index() == 0:
         warnings.warn("gaf_ddp: world size 1, there are no other gradients to filter against", stacklevel=2)
     promise = lane.promise()
-    share = Share(buffer, bucket.parameters(), bucket.is_last(), promise, exchange, exchange.scatter(buffer))
+    first, last = bucket.index() == 0, bucket.is_last()
+    share = Share(buffer, bucket.parameters(), first, last, promise, exchange, exchange.scatter(buffer))
     return lane.run(partial(_filter, state, share), promise)
 
 

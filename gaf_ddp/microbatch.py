@@ -18,6 +18,7 @@ class MicrobatchFilter:
             micro.accumulate()
         if micro.finish():
             optimizer.step()
+        optimizer.zero_grad()
 
     Equal to `SequentialAgreement(tau, running)` over the micro-batches' gradients. Each micro-batch counts the
     same, whatever its size; one with a NaN, infinite or zero gradient does not count at all.
@@ -94,7 +95,7 @@ class MicrobatchFilter:
         kept, voters, nonfinite = torch.stack([self._kept, self._voters, self._nonfinite]).tolist()
         self.overflowed = voters == 0 and nonfinite > 0
         agreed = bool(kept >= 2 or (voters < 2 and not self.overflowed))
-        divisor = float("nan") if self.overflowed else kept if self.running == "mean" else 1
+        divisor = float("nan") if self.overflowed else max(kept, 1) if self.running == "mean" else 1
         if agreed or self.overflowed:
             for i, v in self._combined.items():
                 self._parameters[i].grad = v.div_(divisor).to(self._parameters[i].dtype)

@@ -69,7 +69,7 @@ class _Veto:
 
         def closure_then_veto() -> Any:
             loss = closure()
-            self._drop_gradients()
+            self._drop_gradients(optimizer)
             return loss
 
         return (this, closure_then_veto, *given[1:]), {k: v for k, v in kwargs.items() if k != "closure"}
@@ -93,9 +93,9 @@ class _Veto:
             optimizer.found_inf = disagreed if found_inf is None else torch.maximum(found_inf, disagreed)
             optimizer.grad_scale = self._borrowed.get("grad_scale")
         else:
-            self._drop_gradients()
+            self._drop_gradients(optimizer)
 
-    def _drop_gradients(self) -> None:
+    def _drop_gradients(self, optimizer: Any) -> None:
         """Set the gradients that nothing agreed on to None, which every optimizer passes over."""
         decisions = self._state.decisions
         if not decisions:
@@ -105,6 +105,7 @@ class _Veto:
             if not fine:
                 for parameter in decision.parameters:
                     parameter.grad = None
+        _even_out_momentum(optimizer)
 
     def _reads_found_inf(self, optimizer: Any) -> bool:
         """Return whether the step can be vetoed on the device, for all of the optimizer's parameters at once."""
@@ -118,3 +119,14 @@ class _Veto:
             and (not g.get("momentum") or optimizer.state[p].get("momentum_buffer") is not None)
             for p, g in stepped
         )
+
+
+def _even_out_momentum(optimizer: Any) -> None:
+    """Give fused SGD zero momentum where it has none yet: it takes first steps for all parameters or for none."""
+    for group in optimizer.param_groups:
+        if group.get("fused") and group.get("momentum"):
+            states = [(p, optimizer.state[p]) for p in group["params"] if p.grad is not None]
+            if any(state.get("momentum_buffer") is not None for _, state in states):
+                for p, state in states:
+                    if state.get("momentum_buffer") is None:
+                        state["momentum_buffer"] = torch.zeros_like(p)

@@ -24,6 +24,7 @@ class Share:
 
     buffer: Tensor  # (N,), DDP's own memory, where the result goes
     parameters: list[Tensor]
+    is_first: bool  # of its step
     is_last: bool
     promise: Promise
     exchange: Exchange
@@ -199,6 +200,8 @@ class GAFState:
 
     def wait(self, share: Share, rows: Tensor, gramian: Tensor) -> list[tuple[Share, Tensor, Tensor]]:
         """Add a bucket to those without a decision; return them all if it is time for one, else none."""
+        if share.is_first:  # a backward that broke off may have left some behind
+            self._waiting, self._decided = [], []
         self._waiting.append((share, rows, gramian))
         if self.scope == "model" and not share.is_last:
             return []

@@ -1,0 +1,85 @@
+"""The accuracy benchmark as a whole: a short form runs, resumes, and both engines compute the same."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.accuracy.__main__ import main
+from benchmarks.accuracy.arms import ARMS
+from benchmarks.accuracy.declare import Fault, Rule, Run
+from benchmarks.accuracy.experiments import EXPERIMENTS
+from benchmarks.accuracy.gang import Gang, RankError
+from benchmarks.accuracy.one_process import OneProcess
+from benchmarks.accuracy.task import build_task
+from benchmarks.accuracy.training import Record, train
+
+SHORT = Run("digits", "mlp", (0, 1, 2), 16, steps=30, lr=0.05, evaluate_every=10)
+
+
+def alone(run: Run, counts: tuple[int, ...] = ()) -> Record:
+    task = build_task(run, None)
+    return train(run, task, OneProcess(run, task, counts))
+
+
+def test_quick_writes_table_and_picture_and_resumes(tmp_path: Path) -> None:
+    command = ["--experiments", "shift w3 bad 1", "--quick", "--jobs", "2", "--out", str(tmp_path)]
+    main(command)
+    lines = (tmp_path / "accuracy_runs.jsonl").read_text()
+    page = (tmp_path / "accuracy_shift.md").read_text()
+    assert "NeighborhoodAgreement, tau 0.9" in page
+    assert "random members" in page
+    assert "on DDP ranks" in page
+    assert (tmp_path / "accuracy_shift.png").stat().st_size > 10_000
+
+    main(command)  # nothing is left to do
+    assert (tmp_path / "accuracy_runs.jsonl").read_text() == lines
+    assert {json.loads(line)["run"]["engine"] for line in lines.splitlines()} == {"one process", "ddp"}
+
+
+def test_real_ranks_compute_what_one_process_does() -> None:
+    shifted = replace(EXPERIMENTS["shift w3 bad 1"].base, steps=30, evaluate_every=10)
+    counts = (3, 0, 2) * 10
+    cases = [
+        (shifted, ()),
+        (replace(shifted, rule=Rule("neighborhood", 0.9)), ()),
+        (replace(shifted, rule=Rule("random members", like=Rule("neighborhood", 0.9))), counts),
+        (replace(SHORT, fault=Fault("inner product", 1)), ()),
+        (replace(SHORT, fault=Fault("a little is enough", 0), rule=Rule("upgrad")), ()),
+        (replace(SHORT, fault=Fault("stuck at its first", 2), rule=Rule("sequential", 0.9)), ()),
+    ]
+    with Gang(3, None, timeout=120) as gang:
+        for run, replayed in cases:
+            real, single = gang.train(replace(run, engine="ddp"), replayed), alone(run, replayed)
+            assert real["counts"] == single["counts"], run
+            assert real["curve"] == pytest.approx(single["curve"], abs=1.0), run
+
+
+def test_an_error_on_a_rank_ends_the_gang_with_its_traceback() -> None:
+    with Gang(2, None, timeout=60) as gang, pytest.raises(RankError, match="KeyError: 'nonsense'"):
+        gang.train(replace(SHORT, ranks=(0, 1), fault=Fault("nonsense", 0), engine="ddp"))
+
+
+def test_the_same_declaration_gives_the_same_record() -> None:
+    run = replace(SHORT, rule=Rule("neighborhood", 0.9))
+    first, second = alone(run), alone(run)
+    assert first["curve"] == second["curve"]
+    assert first["counts"] == second["counts"]
+
+
+def test_a_diverged_run_keeps_its_last_accuracy() -> None:
+    record = alone(replace(SHORT, fault=Fault("NaN", 0)))
+    assert len(record["curve"]) == 3
+    assert record["final"] < 20
+
+
+def test_names_and_declarations_are_unique() -> None:
+    assert len({run.key for run in (SHORT, replace(SHORT, seed=1), replace(SHORT, lr=0.1))}) == 3
+    assert all(arm in ARMS for experiment in EXPERIMENTS.values() for arm in experiment.arms)
+
+
+def test_unknown_experiment_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--experiments", "nonsense"])
+    assert "nonsense" in capsys.readouterr().err

@@ -1,0 +1,161 @@
+"""Hosts of our own: network namespaces on a common bridge, where what ranks send can be counted, or slowed.
+
+Needs root and iproute2. Everything lives in namespaces: nothing is left in the machine's own network.
+"""
+
+import itertools
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_REPOSITORY = Path(__file__).parents[1]
+_numbers = itertools.count()
+
+
+def why_no_hosts() -> str | None:
+    """Return why this machine cannot have hosts, None if it can."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return "network namespaces need root on Linux"
+    if shutil.which("ip") is None:
+        return "network namespaces need iproute2's ip"
+    try:
+        with Hosts(1):
+            return None
+    except subprocess.CalledProcessError as error:
+        return f"network namespaces cannot be made here: {error.stderr.strip()}"
+
+
+class Hosts:
+    """`with Hosts(4) as hosts`: namespaces with one interface, `eth0`, each; removed at the end.
+
+    Args:
+        count: how many.
+        rate: what each may send, in tc's words (`"200mbit"`); unlimited if None.
+    """
+
+    def __init__(self, count: int, rate: str | None = None) -> None:
+        name = f"gaf-{os.getpid()}-{next(_numbers)}"
+        self._switch = f"{name}-switch"
+        self.names = [f"{name}-{i}" for i in range(count)]
+        self._rate = rate
+
+    def __enter__(self) -> "Hosts":
+        try:
+            self._make()
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._remove()
+
+    def run(self, body: Callable[..., Any], *args: Any, folder: Path, timeout: float = 120.0) -> list[Any]:
+        """Call `body(*args)` on a rank on each host, in a gloo group, and return what they returned, in order.
+
+        Raises RuntimeError with every rank's output if any failed or the time-out (seconds) passed.
+        """
+        task = folder / f"task-{uuid.uuid4().hex}"
+        task.write_bytes(pickle.dumps((body, args)))
+        command = [sys.executable, "-m", "tests.hosts", str(task), str(len(self.names))]
+        processes = [
+            subprocess.Popen(
+                ["ip", "netns", "exec", name, *command, str(rank)],
+                cwd=_REPOSITORY,
+                env={**os.environ, "GLOO_SOCKET_IFNAME": "eth0"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank, name in enumerate(self.names)
+        ]
+        deadline = time.monotonic() + timeout
+        outputs = []
+        for process in processes:
+            try:
+                outputs.append(process.communicate(timeout=max(0.0, deadline - time.monotonic()))[0])
+            except subprocess.TimeoutExpired:
+                process.kill()
+                outputs.append(process.communicate()[0] + "did not finish in time")
+        if any(process.returncode != 0 for process in processes):
+            raise RuntimeError("\n".join(f"rank {rank}: {output}" for rank, output in enumerate(outputs)))
+        return [pickle.loads(_result(task, rank).read_bytes()) for rank in range(len(self.names))]
+
+    def _make(self) -> None:
+        _ip("netns", "add", self._switch)
+        _ip("-n", self._switch, "link", "add", "br0", "type", "bridge")
+        _ip("-n", self._switch, "link", "set", "br0", "up")
+        for i, name in enumerate(self.names):
+            _ip("netns", "add", name)
+            _ip(*f"link add eth0 netns {name} type veth peer name port{i} netns {self._switch}".split())
+            _ip("-n", self._switch, "link", "set", f"port{i}", "master", "br0", "up")
+            _ip("-n", name, "address", "add", f"10.0.0.{i + 1}/24", "dev", "eth0")
+            _ip("-n", name, "link", "set", "eth0", "up")
+            _ip("-n", name, "link", "set", "lo", "up")
+            if self._rate is not None:
+                shape = f"qdisc add dev eth0 root tbf rate {self._rate} burst 256kb latency 200ms"
+                _run("tc", "-n", name, *shape.split())
+
+    def _remove(self) -> None:
+        for name in [*self.names, self._switch]:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+def bytes_sent() -> int:
+    """Return what this process's host has sent through `eth0` so far, TCP/IP and Ethernet headers included."""
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        name, _, counters = line.partition(":")
+        if name.strip() == "eth0":
+            return int(counters.split()[8])
+    raise RuntimeError("this process is not on a host of Hosts: it has no eth0")
+
+
+def _ip(*arguments: str) -> None:
+    _run("ip", *arguments)
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def _result(task: Path, rank: int) -> Path:
+    return task.with_name(f"{task.name}-{rank}")
+
+
+def _main(task: Path, world_size: int, rank: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{task}-store",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=60),
+    )
+    body, args = pickle.loads(task.read_bytes())
+    value = body(*args)
+    dist.barrier()
+    dist.destroy_process_group()
+    _result(task, rank).write_bytes(pickle.dumps(value))
+
+
+if __name__ == "__main__":
+    try:
+        _main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)

@@ -1,0 +1,237 @@
+"""decide: who votes, what is recorded, and that nothing waits for the device."""
+
+import math
+from collections.abc import Callable
+from dataclasses import fields
+
+import pytest
+import torch
+from torch import Tensor
+
+from gaf_ddp import Agreement, Mean, NeighborhoodAgreement, SequentialAgreement, Weighting
+from gaf_ddp.agreement import decide
+from gaf_ddp.weighting import cosine
+from tests import oracle
+from tests.gradients import agreeing_gradients, random_gradients
+from tests.properties import gramian_of
+from tests.syncs import HostSyncs
+
+OWN = [Mean(), NeighborhoodAgreement(0.8), SequentialAgreement(0.8), SequentialAgreement(0.8, running="half")]
+every_own = pytest.mark.parametrize("weighting", OWN, ids=repr)
+
+Spoil = Callable[[Tensor], None]
+
+
+def nothing(gradients: Tensor) -> None:
+    pass
+
+
+def zero(gradients: Tensor) -> None:
+    gradients[1] = 0
+
+
+def nan(gradients: Tensor) -> None:
+    gradients[2, 3] = math.nan
+
+
+def inf(gradients: Tensor) -> None:
+    gradients[0, 0] = -math.inf
+
+
+def long(gradients: Tensor) -> None:
+    gradients[3] *= 1000
+
+
+def several(gradients: Tensor) -> None:
+    zero(gradients), nan(gradients), long(gradients)
+
+
+def all_zero(gradients: Tensor) -> None:
+    gradients.zero_()
+
+
+def all_nan(gradients: Tensor) -> None:
+    gradients.fill_(math.nan)
+
+
+def zero_or_nan(gradients: Tensor) -> None:
+    all_zero(gradients), nan(gradients)
+
+
+every_spoil = pytest.mark.parametrize(
+    "spoil", [nothing, zero, nan, inf, long, several, all_zero, all_nan, zero_or_nan], ids=lambda f: f.__name__
+)
+
+
+@every_spoil
+@pytest.mark.parametrize("ratio", [10.0, None])
+@pytest.mark.parametrize(
+    ("weighting", "rule"),
+    [
+        (Mean(), oracle.mean),
+        (NeighborhoodAgreement(0.8), oracle.neighborhood(0.8)),
+        (SequentialAgreement(0.8), oracle.sequential(0.8)),
+        (lambda gramian: torch.full_like(gramian[0], 1 / len(gramian)), oracle.mean),
+    ],
+    ids=["mean", "neighborhood", "sequential", "foreign"],
+)
+def test_decide_equals_the_oracle(
+    weighting: Callable[[Tensor], Tensor], rule: oracle.Rule, spoil: Spoil, ratio: float | None
+) -> None:
+    for world_size in (4, 5, 7):
+        gradients = random_gradients(world_size, 300, seed=world_size)
+        spoil(gradients)
+        expected = oracle.filtered(list(gradients), rule, ratio)
+        found = decide(gramian_of(gradients), weighting, ratio)
+        assert found.kept.nonzero().flatten().tolist() == expected.kept
+        assert found.voters.nonzero().flatten().tolist() == oracle.present(list(gradients.double()), ratio)
+        assert found.agreed.item() == (bool(expected.kept) or not gradients.any())
+        if expected.gradient.isnan().any():
+            assert found.weights.isnan().all()
+        else:
+            present = gradients.double().nan_to_num(0, 0, 0)
+            oracle.assert_close(found.weights @ present, expected.gradient, 1e-10)
+
+
+@every_own
+@every_spoil
+@pytest.mark.parametrize("ratio", [10.0, None])
+def test_decide_never_waits(weighting: Weighting, spoil: Spoil, ratio: float | None) -> None:
+    gradients = random_gradients(5, 100)
+    spoil(gradients)
+    gramian = gramian_of(gradients)
+    with HostSyncs() as syncs:
+        decide(gramian, weighting, ratio)
+    assert syncs.calls == []
+
+
+class TestVoters:
+    def test_the_record_says_why_a_rank_has_no_vote(self) -> None:
+        gradients = agreeing_gradients(6, 100)
+        gradients[0], gradients[1, 5], gradients[2, 5] = 0, math.nan, math.inf
+        gradients[4] *= 1000
+        found = decide(gramian_of(gradients), NeighborhoodAgreement(1.0), 10.0)
+        assert found.voters.tolist() == [False, False, False, True, False, True]
+        assert found.nonfinite.tolist() == [False, True, True, False, False, False]
+        assert found.overlong.tolist() == [False, False, False, False, True, False]
+        assert found.kept.tolist() == found.voters.tolist()
+        assert found.weights.tolist() == [0, 0, 0, 0.5, 0, 0.5]
+
+    @pytest.mark.parametrize("bad", range(4))
+    def test_a_rank_at_1000_times_the_norm_is_left_out(self, bad: int) -> None:
+        gradients = agreeing_gradients(4, 100)
+        gradients[bad] *= 1000
+        guarded = decide(gramian_of(gradients), Mean(), 10.0)
+        assert guarded.overlong.nonzero().flatten().tolist() == [bad]
+        assert guarded.weights[bad].item() == 0
+        assert decide(gramian_of(gradients), Mean(), None).kept.all()
+
+    def test_the_guard_is_in_units_of_the_lower_median(self) -> None:
+        # Norms 1, 2, 5, 21: the lower median is 2, the upper 5.
+        gramian = torch.diag(torch.tensor([1.0, 4.0, 25.0, 441.0]))
+        assert decide(gramian, Mean(), 10.0).overlong.tolist() == [False, False, False, True]
+        assert not decide(gramian, Mean(), 10.5).overlong.any()  # at exactly the ratio it votes
+        # Absent ranks have no part in the median.
+        wider = torch.block_diag(torch.diag(torch.tensor([0.0, 0.0, math.nan])), gramian)
+        assert decide(wider, Mean(), 10.0).overlong.tolist() == [False] * 6 + [True]
+
+    def test_of_two_ranks_the_shorter_is_the_median(self) -> None:
+        assert decide(torch.diag(torch.tensor([1.0, 400.0])), Mean(), 10.0).weights.tolist() == [1, 0]
+
+    def test_the_guard_ignores_the_common_scale(self) -> None:
+        for norm in (1e-15, 1.0, 1e15):
+            gramian = torch.diag(torch.tensor([1.0, 1.0, 400.0]) * norm**2)
+            assert decide(gramian, Mean(), 10.0).overlong.tolist() == [False, False, True]
+
+
+class TestDisagreement:
+    def test_nothing_agreed(self) -> None:
+        found = decide(torch.eye(3), NeighborhoodAgreement(0.5), 10.0)
+        assert not found.agreed
+        assert found.weights.tolist() == [0, 0, 0]
+
+    def test_zero_gradients_are_no_disagreement(self) -> None:
+        found = decide(torch.zeros(3, 3), NeighborhoodAgreement(0.5), 10.0)
+        assert found.agreed
+        assert found.weights.tolist() == [0, 0, 0]
+
+    @pytest.mark.parametrize("entries", [[math.nan, math.inf], [math.nan, 0.0]])
+    def test_without_a_voter_but_with_nan_the_result_is_nan(self, entries: list[float]) -> None:
+        found = decide(torch.diag(torch.tensor(entries)), NeighborhoodAgreement(0.5), 10.0)
+        assert not found.agreed
+        assert found.weights.isnan().all()
+        assert not found.kept.any()
+
+
+class TestForeignWeightings:
+    def test_see_the_voters_alone(self) -> None:
+        seen = []
+
+        def weighting(gramian: Tensor) -> Tensor:
+            seen.append(gramian)
+            return torch.tensor([0.25, 0.5])
+
+        gramian = gramian_of(agreeing_gradients(4, 50))
+        gramian[1, :] = gramian[:, 1] = 0
+        gramian[3, 3] = math.nan
+        found = decide(gramian, weighting, None)
+        assert torch.equal(seen[0], gramian[[0, 2]][:, [0, 2]])
+        assert found.weights.tolist() == [0.25, 0, 0.5, 0]
+
+    def test_are_not_asked_when_nobody_votes(self) -> None:
+        def weighting(gramian: Tensor) -> Tensor:
+            raise AssertionError("there is nothing to weigh")
+
+        assert decide(torch.zeros(3, 3), weighting, 10.0).agreed
+        assert not decide(torch.full((3, 3), math.nan), weighting, 10.0).agreed
+
+    def test_may_return_another_float_dtype_and_a_graph(self) -> None:
+        found = decide(torch.eye(2), lambda g: torch.ones(2, dtype=torch.float64, requires_grad=True), 10.0)
+        assert found.weights.dtype == torch.float32
+        assert not found.weights.requires_grad
+
+    @pytest.mark.parametrize("own", [True, False])
+    @pytest.mark.parametrize(
+        ("weights", "found"),
+        [
+            (torch.ones(2), r"\(2,\) of torch.float32"),
+            (torch.ones(3, 1), r"\(3, 1\) of torch.float32"),
+            (torch.ones(3, dtype=torch.int64), r"\(3,\) of torch.int64"),
+            (torch.ones(3, dtype=torch.bool), r"\(3,\) of torch.bool"),
+            (None, "None"),
+            ([1.0, 1.0, 1.0], r"\[1.0, 1.0, 1.0\]"),
+        ],
+    )
+    def test_must_return_weights(self, weights: object, found: str, own: bool) -> None:
+        class Odd(Weighting):
+            def __call__(self, gramian: Tensor) -> Tensor:
+                return weights  # type: ignore[return-value]
+
+            def __repr__(self) -> str:
+                return "Odd()"
+
+        odd = Odd() if own else type("Foreign", (), {"__call__": Odd.__call__, "__repr__": Odd.__repr__})()
+        rule = r"weighting must return floating point weights of shape \(3,\), found "
+        with pytest.raises(ValueError, match=rule + found + r" from Odd\(\)"):
+            decide(torch.eye(3), odd, 10.0)
+
+
+def test_the_record_is_complete() -> None:
+    gradients = random_gradients(4, 100)
+    gradients[2] = math.nan
+    gramian = gramian_of(gradients)
+    found = decide(gramian, NeighborhoodAgreement(0.9), 10.0)
+    assert found.gramian is gramian  # as measured
+    torch.testing.assert_close(found.cosine, cosine(gramian))
+    assert [(f.name, getattr(found, f.name).dtype, getattr(found, f.name).shape) for f in fields(Agreement)] == [
+        ("gramian", torch.float64, (4, 4)),
+        ("cosine", torch.float64, (4, 4)),
+        ("weights", torch.float64, (4,)),
+        ("kept", torch.bool, (4,)),
+        ("agreed", torch.bool, ()),
+        ("voters", torch.bool, (4,)),
+        ("nonfinite", torch.bool, (4,)),
+        ("overlong", torch.bool, (4,)),
+    ]
+    stacked = Agreement.stack([found, found])
+    assert all(torch.equal(getattr(stacked, f.name)[1], getattr(found, f.name)) for f in fields(Agreement)[1:])

@@ -1,0 +1,80 @@
+"""On a GPU: a training step never waits for the device, and equals DDP. One rank is enough for the whole path."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gaf_ddp import GAFState, Mean, NeighborhoodAgreement, gaf_hook, skip_on_disagreement
+from gaf_ddp.agreement import decide
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+SCOPES = ("bucket", "model")
+
+
+def _train(
+    device: torch.device, scope: str
+) -> tuple[DistributedDataParallel, torch.optim.Optimizer, torch.Tensor]:
+    torch.manual_seed(0)
+    warnings.simplefilter("ignore")  # world size 1 has nothing to filter, and says so
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10)).to(device))
+    state = GAFState(tau=0.9, scope=scope)
+    model.register_comm_hook(state, gaf_hook)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    if scope == "model":  # the exact skip without a sync; bucket scope has one
+        skip_on_disagreement(optimizer, state)
+    inputs = torch.randn(32, 64, device=device)
+    for _ in range(3):  # buckets are rebuilt, kernels compiled
+        _step(model, optimizer, inputs)
+    torch.cuda.synchronize()
+    return model, optimizer, inputs
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: torch.Tensor) -> None:
+    optimizer.zero_grad()
+    model(inputs).square().mean().backward()
+    optimizer.step()
+
+
+def _step_without_sync(device: torch.device, scope: str) -> None:
+    model, optimizer, inputs = _train(device, scope)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _step(model, optimizer, inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def _device_to_host_copies(device: torch.device, scope: str) -> list[str]:
+    model, optimizer, inputs = _train(device, scope)
+    with torch.profiler.profile() as profile:
+        _step(model, optimizer, inputs)
+        torch.cuda.synchronize()
+    return [event.name for event in profile.events() if "Memcpy DtoH" in event.name]
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_training_step_has_no_host_sync(tmp_path: Path, scope: str) -> None:
+    run_ranks(1, _step_without_sync, scope, folder=tmp_path, backend="nccl")
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_training_step_copies_nothing_to_the_host(tmp_path: Path, scope: str) -> None:
+    assert run_ranks(1, _device_to_host_copies, scope, folder=tmp_path, backend="nccl") == [[]]
+
+
+@pytest.mark.parametrize("world_size", [2, 8, 64, 1024])
+@pytest.mark.parametrize("weighting", [Mean(), NeighborhoodAgreement(0.9)], ids=repr)
+def test_a_decision_has_no_host_sync(world_size: int, weighting: NeighborhoodAgreement) -> None:
+    gramian = torch.eye(world_size, device="cuda")
+    decide(gramian, weighting, 10.0)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        decide(gramian, weighting, 10.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,129 @@
+"""The three exchanges on real groups, against the oracle, with the same bits on every rank."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gaf_ddp import NeighborhoodAgreement, SequentialAgreement, Weighting, gram
+from gaf_ddp.agreement import decide
+from gaf_ddp.exchange import Exchanges, GatherExchange, PeerExchange, ShardedExchange
+from tests import oracle
+from tests.gradients import random_gradients
+
+Ranks = Callable[..., list[Any]]
+
+KINDS = [GatherExchange, ShardedExchange, PeerExchange]
+LENGTHS = [1, 6, 7, 1000, 9999]  # also shorter than the world, and not divisible by it
+
+
+class Case(NamedTuple):
+    gradients: Tensor  # (W, N)
+    weighting: Weighting
+    wire: torch.dtype | None = None
+
+
+def exchanged(device: torch.device, kind: type, case: Case) -> tuple[Tensor, Tensor]:
+    """Send this rank's row through the exchange; return the filtered bucket and the Gramian."""
+    exchange = kind(dist.group.WORLD, case.wire)
+    bucket = case.gradients[dist.get_rank()].clone().to(device)
+    rows = exchange.scatter(bucket)()
+    assert len(rows) == dist.get_world_size()
+    gramian = exchange.sum(gram(rows))
+    exchange.gather(rows, decide(gramian, case.weighting, None).weights, bucket)
+    return bucket.cpu(), gramian.cpu()
+
+
+def exchange_all(device: torch.device, cases: list[Case]) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    # Peer exchange has no accelerator's counterpart.
+    kinds = KINDS if device.type == "cpu" else KINDS[:2]
+    return {kind.__name__: [exchanged(device, kind, case) for case in cases] for kind in kinds}
+
+
+def assert_same_bits(outcomes: list[dict[str, list[tuple[Tensor, Tensor]]]]) -> None:
+    """Assert that every rank got what rank 0 got."""
+    for name, first in outcomes[0].items():
+        for outcome in outcomes[1:]:
+            for here, there in zip(outcome[name], first, strict=True):
+                assert torch.equal(here[0].view(torch.uint8), there[0].view(torch.uint8)), name
+                assert torch.equal(here[1].view(torch.uint8), there[1].view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
+def test_exchanges_equal_the_oracle(ranks: Ranks, world_size: int) -> None:
+    cases, expected = [], []
+    for length in LENGTHS:
+        for spoilt in (None, 0.0, torch.nan):
+            rows = random_gradients(world_size, length, seed=length + 2)
+            if spoilt is not None:
+                rows[world_size // 2] = spoilt
+            for weighting, rule in [
+                (NeighborhoodAgreement(0.97), oracle.neighborhood(0.97)),
+                (SequentialAgreement(0.97, running="half"), oracle.sequential(0.97, "half")),
+            ]:
+                cases.append(Case(rows, weighting))
+                expected.append(oracle.filtered(list(rows), rule, None).gradient)
+    outcomes = ranks(world_size, exchange_all, cases)
+    assert_same_bits(outcomes)
+    for found in outcomes[0].values():
+        for case, gradient, (bucket, gramian) in zip(cases, expected, found, strict=True):
+            oracle.assert_close(bucket, gradient, 1e-6)
+            exact = case.gradients.double() @ case.gradients.double().T
+            torch.testing.assert_close(gramian.double(), exact, rtol=1e-4, atol=1e-3, equal_nan=True)
+
+
+# In units of the result's norm: what rounding to the dtype makes of the gradients sent and of the result.
+ROUNDING = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-6, torch.float64: 1e-12}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_exchanges_take_every_dtype_and_wire(ranks: Ranks, world_size: int) -> None:
+    cases = [
+        Case(random_gradients(world_size, length, seed=3).to(dtype), NeighborhoodAgreement(2.0), wire)
+        for length in (7, 20_000)
+        for dtype in ROUNDING
+        for wire in (None, torch.float16, torch.bfloat16, torch.float32)
+    ]
+    outcomes = ranks(world_size, exchange_all, cases)
+    assert_same_bits(outcomes)
+    for found in outcomes[0].values():
+        for (gradients, _, wire), (bucket, _) in zip(cases, found, strict=True):
+            assert bucket.dtype == gradients.dtype
+            tolerance = max(ROUNDING[gradients.dtype], ROUNDING[wire or gradients.dtype])
+            oracle.assert_close(bucket, gradients.double().mean(0), tolerance)
+
+
+def test_half_precision_is_summed_in_float32(ranks: Ranks) -> None:
+    # One by one in bfloat16, 256 + 1 + 1 + 1 is 256, and the mean 64.
+    gradients = torch.tensor([[256.0], [1.0], [1.0], [1.0]], dtype=torch.bfloat16).expand(4, 8).contiguous()
+    for outcome in ranks(4, exchange_all, [Case(gradients, NeighborhoodAgreement(2.0))]):
+        for [(bucket, _)] in outcome.values():
+            assert bucket.tolist() == [65.0] * 8  # 64.75, rounded once
+
+
+def choose(device: torch.device) -> dict[str, str]:
+    group = dist.group.WORLD
+    assert group is not None
+    size = group.size()
+    exchanges = Exchanges(group, None)
+
+    def name(setting: str, bytes_in_all: int) -> str:
+        bucket = torch.zeros(bytes_in_all // size // 4, device=device)
+        return type(exchanges.choose(setting, bucket)).__name__
+
+    return {
+        "small": name("auto", 4000),
+        "large": name("auto", 4_000_000),
+        "sharded": name("sharded", 4000),
+        "gather": name("gather", 4_000_000),
+    }
+
+
+def test_auto_gathers_small_buckets_only(ranks: Ranks) -> None:
+    for found in ranks(2, choose):
+        assert found["small"] == found["gather"] == "GatherExchange"
+        assert found["large"] == found["sharded"]
+        assert found["large"] in ("PeerExchange", "ShardedExchange")

@@ -1,0 +1,156 @@
+"""An error in a weighting or a schedule: the exception on the rank, the end of the others, never a hang."""
+
+import time
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gaf_ddp import GAFState, gaf_hook
+from tests.nets import Probe, ddp
+from tests.ranks import run_ranks
+
+W = 2
+GROUP_TIMEOUT = 5.0  # seconds
+
+
+class Failure(NamedTuple):
+    """What fails (see `_answer`), on rank 1 or on all ranks, at which step."""
+
+    how: str
+    on_all: bool = True
+    scope: str = "bucket"
+    step: int = 0
+    static_graph: bool = False
+
+
+class End(NamedTuple):
+    """How one backward ended."""
+
+    traceback: str
+    kind: str
+    seconds: float
+
+
+class Report(NamedTuple):
+    """What one rank saw: in the step with the failure, in the next, and with a new model but the same state."""
+
+    failed: End
+    again: End
+    anew: End
+
+
+SCOPES = ("bucket", "model")
+FAILURES = [
+    *(Failure("raises", on_all, scope, step) for on_all in (True, False) for scope in SCOPES for step in (0, 2)),
+    *(Failure("raises", scope=scope, step=step, static_graph=True) for scope in SCOPES for step in (0, 2)),
+    Failure("raises", on_all=False, step=2, static_graph=True),
+    *(Failure(how, scope=scope, step=1) for how in ("shape", "dtype", "schedule") for scope in SCOPES),
+    *(Failure(how, on_all=False) for how in ("shape", "dtype", "schedule")),
+]
+
+EXPECTED = {
+    "raises": ("LookupError", "LookupError: no weights today"),
+    "shape": ("ValueError", "must return floating point weights of shape (2,), found (3,) of torch.float32"),
+    "dtype": ("ValueError", "must return floating point weights of shape (2,), found (2,) of torch.int64"),
+    "schedule": ("ValueError", "tau must be a cosine distance in [0, 2], found 3.0"),
+}
+
+
+def _answer(how: str) -> Tensor:
+    if how == "shape":
+        return torch.ones(3)
+    if how == "dtype":
+        return torch.ones(2, dtype=torch.int64)
+    raise LookupError("no weights today")
+
+
+def make_state(failure: Failure) -> GAFState:
+    """Return a state whose weighting, or schedule, fails as asked."""
+
+    def now() -> bool:
+        return state.step >= failure.step and (failure.on_all or dist.get_rank() == 1)
+
+    def a_weighting_that_fails(gramian: Tensor) -> Tensor:
+        return _answer(failure.how) if now() else torch.full((len(gramian),), 0.5)
+
+    def a_schedule_that_fails(step: int) -> float:
+        return 3.0 if now() else 1.0
+
+    if failure.how == "schedule":
+        state = GAFState(tau=a_schedule_that_fails, scope=failure.scope)  # type: ignore[arg-type]
+    else:
+        state = GAFState(weighting=a_weighting_that_fails, scope=failure.scope)  # type: ignore[arg-type]
+    return state
+
+
+def backward(model: nn.Module, device: torch.device) -> End:
+    start = time.monotonic()
+    try:
+        model(torch.ones(150, device=device)).backward()
+    except Exception as error:
+        return End(traceback.format_exc(), type(error).__name__, time.monotonic() - start)
+    return End("", "nothing", time.monotonic() - start)
+
+
+def fail(device: torch.device, failure: Failure, folder: Path) -> Report:
+    """Train until backward raises, and try to go on."""
+    store = dist.FileStore(str(folder / "ended"), W)
+    state = make_state(failure)
+
+    def make_model() -> nn.Module:
+        model = ddp(Probe([50, 50, 50]), device, static_graph=failure.static_graph, bucket_cap_mb=0.0001)
+        model.register_comm_hook(state, gaf_hook)
+        return model
+
+    model = make_model()
+    assert [backward(model, device).kind for _ in range(failure.step)] == ["nothing"] * failure.step
+    failed, again = backward(model, device), backward(model, device)
+    # Go on together: a closed connection would end the other rank before the group's time-out does.
+    store.set(str(dist.get_rank()), "ended")
+    store.wait([str(rank) for rank in range(W)], timedelta(seconds=6 * GROUP_TIMEOUT))
+    return Report(failed, again, backward(make_model(), device))
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Failure, Future[list[Report]]]]:
+    """Run the failures a few at a time: they mostly wait for time-outs."""
+    with ThreadPoolExecutor(4) as pool:
+
+        def start(failure: Failure) -> Future[Any]:
+            folder = tmp_path_factory.mktemp("failure")
+            return pool.submit(run_ranks, W, fail, failure, folder, folder=folder, group_timeout=GROUP_TIMEOUT)
+
+        yield {failure: start(failure) for failure in FAILURES}
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda f: "-".join(map(str, f)))
+def test_errors_end_every_rank(reports: dict[Failure, Future[list[Report]]], failure: Failure) -> None:
+    for rank, report in enumerate(reports[failure].result()):
+        if failure.on_all or rank == 1:
+            kind, message = EXPECTED[failure.how]
+            if failure.static_graph and failure.step == 0:
+                kind = "RuntimeError"  # DDP waits for the hook's future there: torch quotes what it raised
+            assert report.failed.kind == kind
+            assert message in report.failed.traceback
+            if failure.how != "schedule":  # by its traceback, or in the message
+                assert "a_weighting_that_fails" in report.failed.traceback
+            assert report.failed.seconds < GROUP_TIMEOUT / 2
+        else:
+            message = "Timed out"
+            assert report.failed.kind == "RuntimeError"
+            assert message in report.failed.traceback
+            assert GROUP_TIMEOUT / 2 < report.failed.seconds < 2 * GROUP_TIMEOUT
+        # DDP itself refuses another forward, at once, if not in the clearest words; a new model gets as far as us.
+        assert report.again.kind == "RuntimeError"
+        assert report.anew.kind == "RuntimeError"
+        assert "this rank left the others at an earlier error; restart the job" in report.anew.traceback
+        assert message in report.anew.traceback  # what it was
+        assert report.again.seconds + report.anew.seconds < GROUP_TIMEOUT / 2

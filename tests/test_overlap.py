@@ -1,0 +1,157 @@
+"""The lanes under DDP: many buckets in order, clean ends, and groups that come and go."""
+
+import gc
+import random
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gaf_ddp import GAFState, gaf_hook
+from gaf_ddp.overlap import ThreadLane, open_lane
+from tests.nets import assert_replicas_equal, batches, ddp, mlp
+
+Ranks = Callable[..., list[Any]]
+
+every_scope = pytest.mark.parametrize("scope", ["bucket", "model"])
+
+
+class Detours(nn.Module):
+    """Many small layers, some of which every step leaves out, each rank others; under DDP a bucket each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(12, 12, bias=False) for _ in range(8))
+
+    def forward(self, x: Tensor, left_out: set[int]) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            if i not in left_out:
+                x = layer(x).tanh()
+        return x
+
+
+def train_with_delays(device: torch.device, steps: int, scope: str) -> tuple[int, int]:
+    """Take steps in which each rank computes for random times between its buckets; return steps and buckets."""
+    torch.manual_seed(0)
+    model = ddp(Detours(), device, find_unused_parameters=True, bucket_cap_mb=0.0005)
+    state = GAFState(tau=1.0, scope=scope)  # type: ignore[arg-type]
+    model.register_comm_hook(state, gaf_hook)
+    chance = random.Random(dist.get_rank())
+    for p in model.parameters():  # backward computes for a while
+        p.register_post_accumulate_grad_hook(lambda p: time.sleep(chance.uniform(0, 0.003)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    x = torch.randn(3, 12, generator=torch.Generator().manual_seed(dist.get_rank())).to(device)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(x, set(chance.sample(range(8), 3))).square().sum().backward()
+        optimizer.step()
+    assert_replicas_equal(model)
+    assert state.agreement is not None
+    return state.step, len(state.agreement.kept) if scope == "bucket" else len(state.decisions[0].parameters)
+
+
+def test_150_steps_of_many_buckets_with_delays(ranks: Ranks) -> None:
+    for steps, buckets in ranks(4, train_with_delays, 150, "bucket"):
+        assert (steps, buckets) == (150, 8)
+
+
+def test_50_steps_of_many_buckets_with_delays_in_model_scope(ranks: Ranks) -> None:
+    for steps, parameters in ranks(4, train_with_delays, 50, "model"):
+        assert (steps, parameters) == (50, 8)
+
+
+def train(module: nn.Module, state: GAFState, device: torch.device, steps: int) -> None:
+    model = ddp(module, device, bucket_cap_mb=0.001)
+    model.register_comm_hook(state, gaf_hook)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for inputs, labels in batches(dist.get_rank(), steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs.to(device)), labels.to(device)).backward()
+        optimizer.step()
+    assert_replicas_equal(module)
+
+
+def new_default_group(store: Path) -> None:
+    """Destroy the default group and make it again, with another file store."""
+    backend, rank, world_size = dist.get_backend(), dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world_size)
+
+
+def train_in_two_groups(device: torch.device, folder: Path, scope: str) -> dict[str, Any]:
+    """Train, destroy the group, make another in the same process, and go on with the same state."""
+    state, module = GAFState(tau=1.0, scope=scope), mlp()  # type: ignore[arg-type]
+    train(module, state, device, 3)
+    first = [thread for thread in threading.enumerate() if thread.name.startswith("gaf_ddp")]
+    new_default_group(folder / "second")
+    train(module, state, device, 3)
+    gc.collect()
+    for thread in first:
+        thread.join(10)
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("gaf_ddp")]
+    dist.destroy_process_group()
+    return {"steps": state.step, "threads before": len(first), "threads now": len(threads)}
+
+
+@every_scope
+def test_the_state_goes_on_in_a_new_group(ranks: Ranks, tmp_path: Path, scope: str) -> None:
+    # That the group can be destroyed and the processes exit with code 0 is what every test with ranks asserts.
+    for found in ranks(2, train_in_two_groups, tmp_path, scope):
+        assert found["steps"] == 6
+        assert found["threads before"] == found["threads now"]  # none is left behind
+        assert found["threads now"] <= 1
+
+
+class BackwardError(Exception):
+    """What a user's own code raises in backward."""
+
+
+def break_off(device: torch.device, folder: Path, scope: str) -> tuple[int, int, int]:
+    """Break the third backward off on all ranks after its first bucket; go on with the state in a new group."""
+    state, module = GAFState(tau=1.0, scope=scope), mlp()  # type: ignore[arg-type]
+    calls = []
+
+    def fail(p: Tensor) -> None:
+        calls.append(p)
+        if len(calls) == 3:
+            raise BackwardError
+
+    handle = module[0].weight.register_post_accumulate_grad_hook(fail)  # the last to get its gradient
+    with pytest.raises(BackwardError):
+        train(module, state, device, 3)
+    handle.remove()
+    new_default_group(folder / "second")
+    train(module, state, device, 1)
+    parameters = sum(len(decision.parameters) for decision in state.decisions)
+    return state.step, parameters, len(list(module.parameters()))
+
+
+@every_scope
+def test_a_step_broken_off_leaves_nothing_behind(gloo_ranks: Ranks, tmp_path: Path, scope: str) -> None:
+    for steps, decided, parameters in gloo_ranks(2, break_off, tmp_path, scope):
+        assert steps == 3
+        assert decided == parameters
+
+
+def open_sibling(device: torch.device) -> tuple[float, bool, list[int]]:
+    """Return the time-out, whether it is another group, and the ranks of a lane over the ranks of this parity."""
+    rank = dist.get_rank()
+    halves = [dist.new_group(ranks, timeout=timedelta(seconds=17)) for ranks in ([0, 2], [1, 3])]
+    lane = open_lane(halves[rank % 2], device)
+    assert isinstance(lane, ThreadLane)
+    dist.all_reduce(torch.ones(1), group=lane.group)
+    backend: Any = lane.group._get_backend(device)
+    seconds = backend.options._timeout.total_seconds()
+    return seconds, lane.group is halves[rank % 2], dist.get_process_group_ranks(lane.group)
+
+
+def test_a_lane_has_its_own_group_with_the_parents_ranks_and_timeout(gloo_ranks: Ranks) -> None:
+    found = gloo_ranks(4, open_sibling)
+    assert found == [(17.0, False, [0, 2]), (17.0, False, [1, 3])] * 2

@@ -1,0 +1,183 @@
+"""GAFState: its settings and what it tells."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gaf_ddp import GAFState, Mean, NeighborhoodAgreement, SequentialAgreement, gaf_hook
+from gaf_ddp.agreement import decide
+from tests.nets import Probe, ddp
+from tests.syncs import HostSyncs
+
+Ranks = Callable[..., list[Any]]
+
+
+def filled(world_size: int = 3) -> GAFState:
+    """Return a state with two decisions on record, as if after two steps in model scope."""
+    state = GAFState(tau=0.5, scope="model")
+    for gramian in (torch.ones(world_size, world_size), torch.eye(world_size)):
+        state.meter.record(decide(gramian, NeighborhoodAgreement(0.5), 10.0))
+    state.step = 2
+    return state
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"process_group": 3}, "process_group must be a torch.distributed.ProcessGroup that this rank"),
+            ({"process_group": "gloo"}, "found 'gloo'"),
+            ({"tau": -0.1}, r"tau must be a cosine distance in \[0, 2\], found -0.1"),
+            ({"tau": 2.1}, r"tau must be a cosine distance in \[0, 2\], found 2.1"),
+            ({"tau": float("nan")}, r"tau must be a cosine distance in \[0, 2\], found nan"),
+            ({"tau": "0.9"}, r"tau must be a cosine distance in \[0, 2\], found '0.9'"),
+            ({"tau": True}, r"tau must be a cosine distance in \[0, 2\], found True"),
+            ({"tau": 1.0, "weighting": Mean()}, "tau and weighting exclude each other: .* found 1.0"),
+            ({"weighting": 0.9}, "weighting must be callable or None, found 0.9"),
+            ({"scope": "layer"}, "scope must be 'bucket' or 'model', found 'layer'"),
+            ({"scope": None}, "scope must be 'bucket' or 'model', found None"),
+            ({"exchange": "ring"}, "exchange must be 'auto', 'sharded' or 'gather', found 'ring'"),
+            ({"start_step": -1}, "start_step must be an integer >= 0, found -1"),
+            ({"start_step": 1.5}, "start_step must be an integer >= 0, found 1.5"),
+            ({"start_step": True}, "start_step must be an integer >= 0, found True"),
+            ({"wire_dtype": torch.float64}, "wire_dtype must be None, torch.float16, .*found torch.float64"),
+            ({"wire_dtype": torch.int8}, "wire_dtype must be None, torch.float16, .*found torch.int8"),
+            ({"wire_dtype": "bf16"}, "wire_dtype must be None, torch.float16, .*found 'bf16'"),
+            ({"max_norm_ratio": 0.5}, "max_norm_ratio must be None or a number >= 1, found 0.5"),
+            ({"max_norm_ratio": float("nan")}, "max_norm_ratio must be None or a number >= 1, found nan"),
+            ({"max_norm_ratio": "10"}, "max_norm_ratio must be None or a number >= 1, found '10'"),
+            ({"max_norm_ratio": True}, "max_norm_ratio must be None or a number >= 1, found True"),
+        ],
+        ids=lambda value: str(value) if isinstance(value, dict) else "",
+    )
+    def test_out_of_range_are_refused(self, settings: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            GAFState(**settings)
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"tau": 0},
+            {"tau": 2},
+            {"tau": lambda step: 1.0},
+            {"weighting": lambda gramian: gramian[0]},
+            {"scope": "bucket", "exchange": "gather"},
+            {"scope": "model", "exchange": "sharded"},
+            {"start_step": 0},
+            {"wire_dtype": torch.float16},
+            {"wire_dtype": torch.bfloat16},
+            {"wire_dtype": torch.float32},
+            {"max_norm_ratio": 1},
+            {"max_norm_ratio": float("inf")},
+            {"max_norm_ratio": None},
+        ],
+        ids=str,
+    )
+    def test_in_range_are_kept(self, settings: dict[str, Any]) -> None:
+        state = GAFState(**settings)
+        for name, value in settings.items():
+            assert getattr(state, name) == value
+
+    def test_defaults(self) -> None:
+        state = GAFState()
+        assert isinstance(state.weighting_now(), NeighborhoodAgreement)
+        assert (state.tau, state.scope, state.exchange, state.start_step) == (1.0, "bucket", "auto", 0)
+        assert (state.process_group, state.weighting, state.wire_dtype) == (None, None, None)
+        assert state.max_norm_ratio == 10
+        assert (state.step, state.agreement, state.decisions, state.summary()) == (0, None, [], {})
+
+    def test_a_rank_outside_the_group_is_told(self, gloo_ranks: Ranks) -> None:
+        found = gloo_ranks(2, make_state_of_a_part)
+        assert found[0] == "made"
+        assert "process_group must be a torch.distributed.ProcessGroup that this rank is in" in found[1]
+
+
+def make_state_of_a_part(device: torch.device) -> str:
+    group = dist.new_group([0])
+    try:
+        GAFState(group)  # type: ignore[arg-type]
+    except ValueError as error:
+        return str(error)
+    return "made"
+
+
+class TestWeightingNow:
+    def test_is_the_mean_before_start_step(self) -> None:
+        state = GAFState(tau=0.5, start_step=2)
+        kinds = []
+        for state.step in range(4):
+            kinds.append(type(state.weighting_now()))
+        assert kinds == [Mean, Mean, NeighborhoodAgreement, NeighborhoodAgreement]
+
+    def test_follows_the_schedule(self) -> None:
+        state = GAFState(tau=lambda step: 1.0 - 0.1 * step)
+        state.step = 3
+        weighting = state.weighting_now()
+        assert isinstance(weighting, NeighborhoodAgreement)
+        assert weighting.tau == pytest.approx(0.7)
+
+    @pytest.mark.parametrize("tau", [3.0, -1.0, float("nan"), None, "1"])
+    def test_checks_what_the_schedule_returns(self, tau: Any) -> None:
+        with pytest.raises(ValueError, match=r"tau must be a cosine distance in \[0, 2\], found"):
+            GAFState(tau=lambda step: tau).weighting_now()
+
+    def test_is_the_users_own(self) -> None:
+        own = SequentialAgreement(0.5)
+        assert GAFState(weighting=own).weighting_now() is own
+
+
+class TestSummary:
+    def test_is_empty_before_any_step(self) -> None:
+        assert GAFState().summary() == {}
+
+    def test_starts_anew_after_reading(self) -> None:
+        state = filled()
+        once = state.summary(reset=False)
+        assert state.summary() == once
+        assert once["gaf/kept_fraction"] == 0.5
+        assert state.summary() == {}
+
+    def test_waits_once(self) -> None:
+        state = filled()
+        with HostSyncs() as syncs:
+            state.summary()
+        assert len(syncs.calls) == 1
+
+    @pytest.mark.parametrize(("agreed", "warns"), [(1, False), (0, True)])
+    def test_warns_when_most_decisions_found_no_agreement(
+        self, caplog: pytest.LogCaptureFixture, agreed: int, warns: bool
+    ) -> None:
+        state = filled()  # one of two agreed
+        state.meter.record(decide(torch.eye(3) if warns else torch.ones(3, 3), NeighborhoodAgreement(0.5), None))
+        with caplog.at_level(logging.WARNING, logger="gaf_ddp"):
+            state.summary()
+        assert ["raise tau or the batch size per rank" in message for message in caplog.messages] == [True] * warns
+
+
+def look_at_agreement(device: torch.device, scope: str) -> list[tuple[int, ...]]:
+    """Return the shapes of a step's record, field by field."""
+    model = ddp(Probe([40, 40, 40]), device, bucket_cap_mb=0.0001)
+    state = GAFState(tau=2.0, scope=scope)  # type: ignore[arg-type]
+    model.register_comm_hook(state, gaf_hook)
+    for _ in range(2):
+        model(torch.ones(120, device=device)).backward()
+    agreement = state.agreement
+    assert agreement is not None
+    assert agreement.gramian.device == device
+    fields: list[Tensor] = [agreement.gramian, agreement.cosine, agreement.weights, agreement.agreed]
+    return [tuple(field.shape) for field in fields]
+
+
+def test_agreement_is_stacked_in_bucket_scope(ranks: Ranks) -> None:
+    assert ranks(2, look_at_agreement, "bucket") == [[(3, 2, 2), (3, 2, 2), (3, 2), (3,)]] * 2
+    assert ranks(2, look_at_agreement, "model") == [[(2, 2), (2, 2), (2,), ()]] * 2
+
+
+def test_a_state_without_a_group_says_so() -> None:
+    with pytest.raises(ValueError, match="process_group is None and there is no default group: call init_pro"):
+        GAFState().connect(torch.ones(3))
