@@ -6,7 +6,6 @@ An exchange moves bytes and adds numbers. Which rank counts how much is decided 
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from threading import Lock
 from typing import Protocol
 
 import torch
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gaf_ddp.gramian import combine
+from gaf_ddp.workspace import Workspace
 
 
 class Exchange(Protocol):
@@ -195,38 +195,6 @@ class PeerExchange:
 
 _SCATTER, _SUM, _GATHER = 1, 2, 3  # tags: each kind of message has its own order
 _SMALL_SWAP = 16**3  # elements in all
-
-
-class Workspace:
-    """CPU memory that is used again. Holds what was in use at once, at most, plus what no longer fits."""
-
-    def __init__(self) -> None:
-        self._free: list[Tensor] = []
-        self._lent: dict[int, Tensor] = {}
-        self._lock = Lock()
-
-    def take(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """Return an uninitialised matrix `(rows, columns)`, in the smallest free memory that holds it."""
-        size = rows * columns * dtype.itemsize
-        with self._lock:
-            fitting = [i for i, memory in enumerate(self._free) if memory.numel() >= size]
-            if fitting:
-                memory = self._free.pop(fitting[0])
-            else:  # the largest free memory is too small: replace it
-                del self._free[-1:]
-                memory = torch.empty(size, dtype=torch.uint8)
-            matrix = memory[:size].view(dtype).view(rows, columns)
-            if size:
-                self._lent[matrix.data_ptr()] = memory
-        return matrix
-
-    def give_back(self, matrix: Tensor) -> None:
-        """Let what `take` returned be used again."""
-        with self._lock:
-            memory = self._lent.pop(matrix.data_ptr(), None)
-            if memory is not None:
-                self._free.append(memory)
-                self._free.sort(key=Tensor.numel)
 
 
 # Below this many bytes in all, a bucket's time is latency and the gather exchange's two hops win.

@@ -1,0 +1,38 @@
+"""Host memory that is used again: fresh pages cost a large bucket as much time as its sums."""
+
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+
+class Workspace:
+    """CPU memory that is used again. Holds what was in use at once, at most, plus what no longer fits."""
+
+    def __init__(self) -> None:
+        self._free: list[Tensor] = []
+        self._lent: dict[int, Tensor] = {}
+        self._lock = Lock()
+
+    def take(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """Return an uninitialised matrix `(rows, columns)`, in the smallest free memory that holds it."""
+        size = rows * columns * dtype.itemsize
+        with self._lock:
+            fitting = [i for i, memory in enumerate(self._free) if memory.numel() >= size]
+            if fitting:
+                memory = self._free.pop(fitting[0])
+            else:  # the largest free memory is too small: replace it
+                del self._free[-1:]
+                memory = torch.empty(size, dtype=torch.uint8)
+            matrix = memory[:size].view(dtype).view(rows, columns)
+            if size:
+                self._lent[matrix.data_ptr()] = memory
+        return matrix
+
+    def give_back(self, matrix: Tensor) -> None:
+        """Let what `take` returned be used again."""
+        with self._lock:
+            memory = self._lent.pop(matrix.data_ptr(), None)
+            if memory is not None:
+                self._free.append(memory)
+                self._free.sort(key=Tensor.numel)
