@@ -6,8 +6,10 @@ is enqueued at once, in the hook, on a side stream: the device keeps the order a
 """
 
 from collections.abc import Callable
+from concurrent.futures import Future as Task
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,15 +32,15 @@ class ThreadLane:
         self.group = _sibling_group(parent, device)
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gaf_ddp")
         self._error: BaseException | None = None
+        self._told = False  # whether the error itself has been raised to the user
         self._promises: list[Promise] = []
 
     def promise(self) -> Promise:
         """Return an empty future that is completed by the work, or by the lane when the work fails.
 
-        Raises RuntimeError if the lane is closed.
+        Raises what the work raised if nobody was told yet, RuntimeError after that.
         """
-        if self._error is not None:
-            raise RuntimeError("this rank left the others at an earlier error; restart the job") from self._error
+        self._raise_error()
         self._promises = [p for p in self._promises if not p.done()]
         self._promises.append(Future())
         return self._promises[-1]
@@ -48,23 +50,34 @@ class ThreadLane:
         task = self._executor.submit(self._guarded, work)
         try:
             # Runs at the end of backward, before DDP waits for the promise, and re-raises what the work raised.
-            Variable._execution_engine.queue_callback(task.result)
+            Variable._execution_engine.queue_callback(partial(self._finish, task))
         except RuntimeError:  # not inside backward: DDP's Join shadows the hook of a rank that ran out of inputs
-            task.result()
+            self._finish(task)
         return promise.then(self._checked)
 
     def _guarded(self, work: Callable[[], None]) -> None:
-        if self._error is not None:
-            raise self._error
         try:
-            with torch.no_grad():
-                work()
+            if self._error is None:
+                with torch.no_grad():
+                    work()
         except BaseException as error:
             self._error = error
+        if self._error is not None:
             for promise in self._promises:
                 if not promise.done():
                     promise.set_result(torch.empty(0))
-            raise
+
+    def _finish(self, task: Task[None]) -> None:
+        task.result()
+        self._raise_error()
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            told, self._told = self._told, True
+            if told:
+                message = "this rank left the others at an earlier error; restart the job"
+                raise RuntimeError(message) from self._error
+            raise self._error
 
     def _checked(self, promise: Promise) -> Tensor:
         if self._error is not None:

@@ -149,7 +149,9 @@ def test_errors_end_every_rank(reports: dict[Failure, Future[list[Report]]], fai
             assert message in report.failed.traceback
             assert GROUP_TIMEOUT / 2 < report.failed.seconds < 2 * GROUP_TIMEOUT
         # DDP itself refuses another forward, at once, if not in the clearest words; a new model gets as far as us.
-        assert report.again.kind == "RuntimeError"
+        # Where torch could only quote the error itself, the next call raises it.
+        quoted = failure.static_graph and failure.step == 0 and (failure.on_all or rank == 1)
+        assert report.again.kind == ("LookupError" if quoted else "RuntimeError")
         assert report.anew.kind == "RuntimeError"
         assert "this rank left the others at an earlier error; restart the job" in report.anew.traceback
         assert message in report.anew.traceback  # what it was
