@@ -18,7 +18,7 @@ from tests.nets import Probe, ddp
 from tests.ranks import run_ranks
 
 W = 2
-GROUP_TIMEOUT = 5.0  # seconds
+GROUP_TIMEOUT = 8.0  # seconds; making the group must fit in, also on a busy machine
 
 
 class Failure(NamedTuple):
