@@ -1,0 +1,118 @@
+"""What a training run is and what an experiment is: frozen declarations, nothing that computes."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What is wrong with the training labels.
+
+    kind: `"clean"`; `"shift"`, the class after the right one; `"uniform"`, `share` of them another class at
+    random; `"human"`, the label set called `column`; `"own classes"`, right, but a rank sees only its `classes`.
+    ranks: whose labels are wrong (their own copy of them); () is everyone's.
+    classes: which classes each rank sees, in rank order.
+    """
+
+    kind: Literal["clean", "shift", "uniform", "human", "own classes"] = "clean"
+    ranks: tuple[int, ...] = ()
+    share: float = 0.0
+    column: str = ""
+    classes: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What one rank does to its gradient before the others see it; the names are in `faults.FAULTS`."""
+
+    kind: str
+    rank: int
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the ranks' gradients become one; the names are in `rules.RULES`.
+
+    like: for the random controls, the rule whose acceptance, step by step, they repeat.
+    of: for shuffled weights, the rule they come from.
+    parameter: tau for the filters, what the rule's own documentation says for the others.
+    """
+
+    name: str
+    parameter: float | None = None
+    like: "Rule | None" = None
+    of: "Rule | None" = None
+
+
+AVERAGING = Rule("averaging")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run, declared in full: equal declarations give equal results.
+
+    ranks: who takes part, as ranks of a world that large (the oracle leaves some out).
+    engine: `"one process"` computes the ranks one after the other; `"ddp"` starts one process for each.
+    """
+
+    data: str
+    model: str
+    ranks: tuple[int, ...]
+    batch: int
+    steps: int
+    lr: float
+    seed: int = 0
+    labels: Labels = Labels()
+    fault: Fault | None = None
+    rule: Rule = AVERAGING
+    scope: Literal["model", "bucket"] = "model"
+    guard: float | None = 10.0
+    optimizer: str = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: Literal["constant", "plateau"] = "constant"
+    augment: bool = False
+    evaluate_every: int = 20
+    engine: Literal["one process", "ddp"] = "one process"
+
+    @property
+    def key(self) -> str:
+        """A name for this declaration: the hash of all its fields."""
+        return hashlib.sha256(json.dumps(self.plain(), sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def name(self) -> str:
+        """A short name for progress bars."""
+        return f"{self.data} W={len(self.ranks)} {self.rule.name} seed {self.seed} ({self.engine})"
+
+    def plain(self) -> dict[str, Any]:
+        """The declaration as JSON can hold it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One setting in which every arm is trained.
+
+    base: averaging at the setting's own learning rate, seed 0.
+    bad: ranks the oracle leaves out; () with wrong labels everywhere: the oracle has right ones.
+    tau: the filter's, for the arms that are judged; the default tau of 1.0 has an arm of its own.
+    arms: names in `arms.ARMS`.
+    lrs: what averaging may choose its learning rate from.
+    real_arms, real_seeds: what is trained a second time on real DDP ranks.
+    """
+
+    name: str
+    group: str
+    title: str
+    base: Run
+    arms: tuple[str, ...]
+    tau: float = 0.9
+    bad: tuple[int, ...] = ()
+    lrs: tuple[float, ...] = ()
+    seeds: int = 3
+    real_arms: tuple[str, ...] = ()
+    real_seeds: int = 0
+    notes: dict[str, Any] = field(default_factory=dict)  # coordinates for the group's own table and plot

@@ -1,0 +1,125 @@
+"""Experiments on digits, which need no data but scikit-learn's."""
+
+from dataclasses import replace
+
+from benchmarks.accuracy.arms import ALL, WITH_TUNED
+from benchmarks.accuracy.declare import Experiment, Fault, Labels, Run
+from benchmarks.accuracy.faults import FAULTS
+
+GRID = (0.005, 0.0125, 0.025, 0.1, 0.2)  # besides the setting's own 0.05
+REAL = ("averaging", "random members", "neighborhood", "sequential")
+
+
+def digits_run(world: int, batch: int, steps: int) -> Run:
+    """Averaging on digits, the base that experiments change."""
+    return Run("digits", "mlp", tuple(range(world)), batch, steps, lr=0.05)
+
+
+def shift() -> list[Experiment]:
+    """A minority of ranks with the wrong label map."""
+    settings = [(3, 26, (1,)), (4, 20, (0,)), (4, 20, (1,)), (4, 20, (3,)), (8, 10, (0, 3, 6))]
+    return [
+        Experiment(
+            f"shift w{world} bad {'-'.join(map(str, bad))}",
+            "shift",
+            f"digits, W={world}, batch {batch}, wrong label map on rank {', '.join(map(str, bad))}",
+            replace(digits_run(world, batch, 400), labels=Labels("shift", bad)),
+            WITH_TUNED,
+            bad=bad,
+            lrs=(*GRID, 0.05),
+            seeds=5,
+            real_arms=REAL,
+            real_seeds=3 if bad in ((0,), (0, 3, 6)) else 1,
+            notes={"panel": f"W={world}, bad rank {', '.join(map(str, bad))}"},
+        )
+        for world, batch, bad in settings
+    ]
+
+
+def broken() -> list[Experiment]:
+    """One broken rank of eight, the first or the last."""
+    few = ("averaging", "guard only", "default", "neighborhood", "sequential", "oracle")
+    broken = [
+        Experiment(
+            f"broken {kind} rank {rank}",
+            "broken",
+            f"digits, W=8, batch 10, {kind} on rank {rank}",
+            replace(digits_run(8, 10, 400), fault=Fault(kind, rank)),
+            (*ALL, "guard only") if rank == 0 else few,
+            tau=0.95,
+            bad=(rank,),
+            lrs=(0.005, 0.02, 0.05),
+            real_arms=("neighborhood",) if rank == 0 else (),
+            real_seeds=1,
+            notes={"fault": kind, "rank": rank},
+        )
+        for kind in FAULTS
+        for rank in (0, 7)
+    ]
+    none = Experiment(
+        "broken none", "broken", "digits, W=8, batch 10, nothing broken", digits_run(8, 10, 400),
+        (*ALL, "guard only"), tau=0.95, lrs=(0.005, 0.02, 0.05), notes={"fault": "none", "rank": 0},
+    )  # fmt: skip
+    return [none, *broken]
+
+
+def uniform() -> list[Experiment]:
+    """The paper's case: everyone's labels are noisy alike."""
+    return [
+        Experiment(
+            f"uniform w{world} {share:.0%}",
+            "uniform",
+            f"digits, W={world}, batch {batch}, {share:.0%} of the labels random",
+            replace(digits_run(world, batch, 1000), labels=Labels("uniform", share=share), evaluate_every=50),
+            tuple(arm for arm in WITH_TUNED if world > 2 or arm != "random members"),  # of two: both or none
+            tau=tau,
+            lrs=(0.002, 0.005, 0.0125, 0.05),
+            seeds=5 if share == 0.4 else 3,
+            real_arms=REAL[:-1] if share == 0.4 and world == 2 else (),
+            real_seeds=1,
+            notes={"share": share, "panel": f"W={world}, batch {batch}, tau {tau:g}"},
+        )
+        for world, batch, tau in ((2, 32, 0.7), (4, 20, 0.8))
+        for share in (0.0, 0.2, 0.4, 0.6)
+    ]
+
+
+def tau() -> list[Experiment]:
+    """One setting for each W, batch and tau; clean and noisy labels."""
+    return [
+        Experiment(
+            f"tau w{world} b{batch} {tau:g} {kind}",
+            "tau",
+            f"digits, W={world}, batch {batch}, tau {tau:g}, {kind} labels",
+            replace(digits_run(world, batch, 300), labels=labels),
+            ("neighborhood",),
+            tau=tau,
+            seeds=2,
+            notes={"world": world, "batch": batch, "tau": tau, "labels": kind},
+        )
+        for kind, labels in (("clean", Labels()), ("40 % random", Labels("uniform", share=0.4)))
+        for world in (2, 4, 8, 16)
+        for batch in (8, 16, 32, 64)
+        for tau in (0.7, 0.8, 0.9, 0.95, 1.0)
+        if world * batch <= 256
+    ]
+
+
+def classes() -> list[Experiment]:
+    """Honest ranks that differ. The oracle lets every rank see every class."""
+    rest = tuple(range(8))
+    pairs = tuple((2 * r, 2 * r + 1) for r in range(5))
+    overlapping = tuple((*pairs[r], *pairs[(r + 1) % 5]) for r in range(5))
+    settings = {
+        "one rank alone has classes 8 and 9": (4, 20, (rest, rest, rest, (8, 9))),
+        "every rank has its own two classes": (5, 16, pairs),
+        "every class is on two of five ranks": (5, 16, overlapping),
+    }
+    return [
+        Experiment(
+            f"classes {name}", "classes", f"digits, W={world}, batch {batch}, {name}",
+            replace(digits_run(world, batch, 400), labels=Labels("own classes", classes=classes)),
+            ALL, tau=0.9, lrs=(*GRID, 0.05), seeds=3, notes={"panel": name},
+        )
+        for name, (world, batch, classes) in settings.items()
+    ]  # fmt: skip

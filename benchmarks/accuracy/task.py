@@ -1,0 +1,84 @@
+"""What each rank of a run learns from: its labels, the examples it may draw, the draws themselves."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.accuracy.declare import Labels, Run
+from benchmarks.accuracy.images import Images, read_images
+from launch.labels import add_label_noise, shift_labels
+
+NOISE_SEED = 424_242  # apart from the validation part's, which must not be the noisy part
+VALIDATION = 0.15  # of the training data, held out for early stopping, with the labels training would see
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run's data. `labels[i]` and `draws[i]` belong to the i-th rank that takes part.
+
+    labels: (n,) each, as that rank sees them. draws: (steps, batch) indices into images.
+    few: bool (test examples,), those of the classes that the fewest ranks see; all where everyone sees all.
+    """
+
+    images: Tensor
+    labels: list[Tensor]
+    draws: list[Tensor]
+    validation: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    few: Tensor
+    classes: int
+
+    def batch(self, member: int, step: int) -> tuple[Tensor, Tensor]:
+        """Images and labels that one member sees at one step."""
+        chosen = self.draws[member][step]
+        return self.images[chosen], self.labels[member][chosen]
+
+
+def build_task(run: Run, folder: Path | None) -> Task:
+    """The data of a run, a pure function of its declaration and the folder's contents."""
+    source = read_images(run.data, folder)
+    order = torch.randperm(len(source.labels), generator=torch.Generator().manual_seed(run.seed))
+    count = round(VALIDATION * len(order))
+    held, kept = order[:count], order[count:]
+    seen = {rank: _labels(source, run.labels, rank, run.seed) for rank in run.ranks}
+    owners = torch.tensor(run.ranks)[torch.arange(len(held)) % len(run.ranks)]
+    answers = torch.stack([seen[int(rank)][i] for rank, i in zip(owners, held, strict=True)])
+    return Task(
+        source.train,
+        [seen[rank] for rank in run.ranks],
+        [_draws(run, rank, kept, source.labels) for rank in run.ranks],
+        (source.train[held], answers),
+        (source.test, source.test_labels),
+        _seen_by_few(run.labels, source.test_labels),
+        source.classes,
+    )
+
+
+def _labels(source: Images, wrong: Labels, rank: int, seed: int) -> Tensor:
+    """All training labels as this rank sees them."""
+    if wrong.kind in ("clean", "own classes") or (wrong.ranks and rank not in wrong.ranks):
+        return source.labels
+    if wrong.kind == "shift":
+        return shift_labels(source.labels, source.classes)
+    if wrong.kind == "uniform":
+        return add_label_noise(source.labels, source.classes, wrong.share, NOISE_SEED + seed)
+    if wrong.column not in source.human:
+        raise ValueError(f"--data-dir must hold human labels {wrong.column!r}, found {sorted(source.human)}")
+    return source.human[wrong.column]
+
+
+def _draws(run: Run, rank: int, kept: Tensor, labels: Tensor) -> Tensor:
+    """Indices (steps, batch), drawn with replacement from what this rank may see."""
+    if run.labels.kind == "own classes":
+        kept = kept[torch.isin(labels[kept], torch.tensor(run.labels.classes[rank]))]
+    random = torch.Generator().manual_seed(1_000_003 * run.seed + rank)
+    return kept[torch.randint(len(kept), (run.steps, run.batch), generator=random)]
+
+
+def _seen_by_few(wrong: Labels, labels: Tensor) -> Tensor:
+    if wrong.kind != "own classes":
+        return torch.ones_like(labels, dtype=torch.bool)
+    seen = [sum(label in classes for classes in wrong.classes) for label in range(int(labels.max()) + 1)]
+    return torch.isin(labels, torch.tensor([label for label, n in enumerate(seen) if n == min(seen)]))
