@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.arms import title_of
+from benchmarks.accuracy.arms import ARMS, title_of
 from benchmarks.accuracy.curves import gaps, noise_lines, skip_lines
 from benchmarks.accuracy.declare import Experiment
 from benchmarks.accuracy.store import Store
@@ -42,10 +42,18 @@ def _bars(pyplot: Any, rows: Rows) -> Any:
     """A panel per experiment, a bar per arm; the oracle is a line."""
     height = 0.9 + 0.27 * max(len(found) for _, found in rows)
     figure, axes = pyplot.subplots(
-        1, len(rows), figsize=(3.1 + 2.5 * len(rows), height), sharex=True, squeeze=False, layout="constrained"
+        1,
+        len(rows),
+        figsize=(3.1 + 2.5 * len(rows), height),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
+    arms = [arm for arm in ARMS if arm != "oracle" and any(row.arm == arm for _, found in rows for row in found)]
     for axis, (experiment, found) in zip(axes[0], rows, strict=True):
-        _bar_panel(axis, experiment, found, named=axis is axes[0][0])
+        _bar_panel(axis, experiment, found, arms)
+    axes[0][0].set_yticks(range(len(arms)), [title_of(rows[0][0], arm) for arm in arms], fontsize=8)
     shown = dict.fromkeys(row.kind for _, found in rows for row in found if row.kind != "oracle")
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=COLORS[kind]) for kind in shown]
     handles.append(pyplot.Line2D([], [], color="black", linestyle="--"))
@@ -55,8 +63,8 @@ def _bars(pyplot: Any, rows: Rows) -> Any:
     return figure
 
 
-def _bar_panel(axis: Any, experiment: Experiment, found: Sequence[Row], named: bool) -> None:
-    names = {arm: i for i, arm in enumerate(arm for arm in experiment.arms if arm != "oracle")}
+def _bar_panel(axis: Any, experiment: Experiment, found: Sequence[Row], arms: Sequence[str]) -> None:
+    names = {arm: place for place, arm in enumerate(arms)}
     for row in found:
         if row.kind == "oracle":
             axis.axvline(row.final.mean, color="black", linestyle="--", linewidth=1)
@@ -68,8 +76,6 @@ def _bar_panel(axis: Any, experiment: Experiment, found: Sequence[Row], named: b
         axis.text(at, place, f"{row.final.mean:.1f}", va="center", fontsize=8, color=color, fontweight="bold")
     for arm in names.keys() - {row.arm for row in found}:
         axis.text(2, names[arm], "-", va="center", fontsize=8, color="#777777")
-    titles = [title_of(experiment, arm) for arm in names] if named else []
-    axis.set_yticks(list(names.values()), titles, fontsize=8)
     axis.set_title(experiment.notes.get("panel", experiment.title), fontsize=9)
     axis.set_xlim(0, 100)
     axis.tick_params(labelsize=8)
