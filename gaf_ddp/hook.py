@@ -37,7 +37,7 @@ def gaf_hook(
         A future of the bucket's buffer. What a rank raises on the way comes out of its `backward()`.
 
     Raises:
-        TypeError: bucket is no GradBucket.
+        TypeError: bucket is no GradBucket, or holds a sparse gradient.
         ValueError: there is no process group, or tau's schedule or the weighting returned something invalid.
     """
     if not isinstance(bucket, dist.GradBucket):  # type: ignore[attr-defined]
@@ -47,6 +47,8 @@ def gaf_hook(
             "set torch._dynamo.config.optimize_ddp to True or False"
         )
     buffer = bucket.buffer()
+    if buffer.is_sparse:
+        raise TypeError("gradients must be dense, found a sparse one, as nn.Embedding(sparse=True) makes")
     lane, exchange = state.connect(buffer)
     if lane.group.size() == 1 and state.step == 0 and bucket.index() == 0:
         warnings.warn("gaf_ddp: world size 1, there are no other gradients to filter against", stacklevel=2)

@@ -33,9 +33,9 @@ def micro_batches(world_size: int, step: int) -> list[Dataset[Any]]:
     return [Subset(data(), range(start, start + SIZE)) for start in starts]
 
 
-def loss_of(model: nn.Module, batch: Dataset[Any]) -> Tensor:
+def loss_of(model: nn.Module, batch: Dataset[Any], device: torch.device | str = "cpu") -> Tensor:
     inputs, labels = zip(*(batch[i] for i in range(SIZE)), strict=True)
-    return nn.functional.cross_entropy(model(torch.stack(inputs)), torch.stack(labels))
+    return nn.functional.cross_entropy(model(torch.stack(inputs).to(device)), torch.stack(labels).to(device))
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -70,7 +70,7 @@ def train_by_ranks(
     skip_on_disagreement(optimizer, state)
     for step in range(STEPS):
         optimizer.zero_grad()
-        loss_of(model, micro_batches(world_size, step)[dist.get_rank()]).backward()
+        loss_of(model, micro_batches(world_size, step)[dist.get_rank()], device).backward()
         optimizer.step()
         assert state.agreement is not None
         taken.append(state.agreement.agreed.item())

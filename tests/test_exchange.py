@@ -70,9 +70,13 @@ def test_exchanges_equal_the_oracle(ranks: Ranks, world_size: int) -> None:
     assert_same_bits(outcomes)
     for found in outcomes[0].values():
         for case, gradient, (bucket, gramian) in zip(cases, expected, found, strict=True):
+            # Seen: up to 8e-8 of the bucket's norm, and 2.6e-7 of the product of two ranks' norms.
             oracle.assert_close(bucket, gradient, 1e-6)
             exact = case.gradients.double() @ case.gradients.double().T
-            torch.testing.assert_close(gramian.double(), exact, rtol=1e-4, atol=1e-3, equal_nan=True)
+            norms = exact.diagonal().sqrt()
+            error = (gramian.double() - exact).abs()
+            assert (error <= 1e-5 * norms[:, None] * norms[None, :])[~exact.isnan()].all()
+            assert torch.equal(gramian.isnan(), exact.isnan())
 
 
 # In units of the result's norm: what rounding to the dtype makes of the gradients sent and of the result.

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torchjd.aggregation import (
     MGDA,
-    Aggregator,
     Krum,
     KrumWeighting,
     Mean,
@@ -25,12 +24,12 @@ from tests.oracle import assert_close
 Ranks = Callable[..., list[Any]]
 
 W, SIZES = 5, [300, 7, 200]
-# Both judge nearly the same Gramian; UPGrad's and MGDA's solvers stop at 1e-3 to 1e-4 and magnify the rest.
+TOLERANCE = 1e-5  # of the gradient's norm; errors seen were up to 5e-7, as the Gramians differ by rounding
 CASES = {
-    "UPGrad": (UPGradWeighting(), UPGrad(), 1e-3),
-    "MGDA": (MGDAWeighting(), MGDA(), 1e-3),
-    "Krum": (KrumWeighting(n_byzantine=1, n_selected=2), Krum(n_byzantine=1, n_selected=2), 1e-6),
-    "Mean": (MeanWeighting(), Mean(), 1e-6),
+    "UPGrad": (UPGradWeighting(), UPGrad()),
+    "MGDA": (MGDAWeighting(), MGDA()),
+    "Krum": (KrumWeighting(n_byzantine=1, n_selected=2), Krum(n_byzantine=1, n_selected=2)),
+    "Mean": (MeanWeighting(), Mean()),
 }
 
 
@@ -45,26 +44,22 @@ def some_steps() -> tuple[Tensor, list[list[int]]]:
 def follow_all(device: torch.device, gradients: Tensor) -> dict[str, Tensor]:
     return {
         name: follow(device, gradients, SIZES, {"weighting": weighting, "scope": "model"}).gradients
-        for name, (weighting, _, _) in CASES.items()
+        for name, (weighting, _) in CASES.items()
     }
 
 
 def test_weightings_equal_the_aggregators(ranks: Ranks) -> None:
     gradients, present = some_steps()
     outcomes = ranks(W, follow_all, gradients)
-    for name, (_, aggregator, tolerance) in CASES.items():
+    for name, (_, aggregator) in CASES.items():
         for step, who in enumerate(present):
-            assert_equals(outcomes[0][name][step], aggregator, gradients[step, who], tolerance)
-
-
-def assert_equals(result: Tensor, aggregator: Aggregator, jacobian: Tensor, tolerance: float) -> None:
-    assert_close(result, aggregator(jacobian), tolerance)
+            assert_close(outcomes[0][name][step], aggregator(gradients[step, who]), TOLERANCE)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_weightings_differ_on_these_gradients(name: str) -> None:
     # Else the test above could not tell them apart.
     gradients, _ = some_steps()
-    results = [aggregator(gradients[0]) for _, aggregator, _ in CASES.values()]
+    results = [aggregator(gradients[0]) for _, aggregator in CASES.values()]
     own = CASES[name][1](gradients[0])
     assert sum(bool((own - other).norm() < 0.05 * own.norm()) for other in results) == 1

@@ -49,6 +49,7 @@ def sent(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     folder: Path = tmp_path_factory.mktemp("hosts")
     with Hosts(W) as hosts:
         counts = hosts.run(count_bytes, folder=folder)
+    assert not any(Path("/run/netns", name).exists() for name in hosts.names), "namespaces were left behind"
     total = {name: sum(count[name] for count in counts) for name in SETTINGS}
     # What an all-reduce must send at least; its acknowledgements and headers come on top.
     assert total["all-reduce"] >= STEPS * 2 * (W - 1) * sum(SIZES) * 4

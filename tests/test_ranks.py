@@ -1,0 +1,75 @@
+"""The helper that starts ranks fails when it should: other tests rely on it."""
+
+import os
+import threading
+import warnings
+from collections.abc import Callable
+from multiprocessing.util import Finalize
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.ranks import RankError
+
+Ranks = Callable[..., list[Any]]
+
+
+def double(device: torch.device, value: Tensor) -> Tensor:
+    dist.all_reduce(value)
+    return value + dist.get_rank()
+
+
+def test_ranks_return_in_order(gloo_ranks: Ranks) -> None:
+    assert [x.tolist() for x in gloo_ranks(3, double, torch.ones(2))] == [[3, 3], [4, 4], [5, 5]]
+
+
+def raise_on_rank_1(device: torch.device) -> None:
+    if dist.get_rank() == 1:
+        raise LookupError("not today")
+
+
+def test_what_one_rank_raises_fails_with_its_traceback(gloo_ranks: Ranks) -> None:
+    with pytest.raises(RankError, match="not today") as error:
+        gloo_ranks(2, raise_on_rank_1)
+    assert list(error.value.failures) == [1]
+    assert "in raise_on_rank_1" in error.value.failures[1]
+
+
+def die_on_rank_1(device: torch.device) -> None:
+    if dist.get_rank() == 1:
+        os._exit(3)
+
+
+def test_a_rank_that_dies_fails(gloo_ranks: Ranks) -> None:
+    with pytest.raises(RankError, match="rank 1: died with exit code 3"):
+        gloo_ranks(2, die_on_rank_1)
+
+
+def exit_with_code_7(device: torch.device) -> None:
+    Finalize(None, os._exit, (7,), exitpriority=1)
+
+
+def test_an_exit_code_other_than_0_fails(gloo_ranks: Ranks) -> None:
+    with pytest.raises(RankError, match="rank 0: returned, but its exit code 5 s later was 7"):
+        gloo_ranks(1, exit_with_code_7)
+
+
+def wait_forever(device: torch.device) -> None:
+    threading.Event().wait()
+
+
+def test_a_rank_that_hangs_fails(gloo_ranks: Ranks) -> None:
+    with pytest.raises(RankError, match="rank 0: did not finish in time"):
+        gloo_ranks(1, wait_forever, timeout=2.0)
+
+
+def warn(device: torch.device) -> None:
+    warnings.warn("careful", stacklevel=1)
+
+
+def test_a_warning_fails(gloo_ranks: Ranks) -> None:
+    with pytest.raises(RankError, match="UserWarning: careful"):
+        gloo_ranks(1, warn)
