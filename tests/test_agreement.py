@@ -116,6 +116,9 @@ class TestVoters:
         assert found.overlong.tolist() == [False, False, False, False, True, False]
         assert found.kept.tolist() == found.voters.tolist()
         assert found.weights.tolist() == [0, 0, 0, 0.5, 0, 0.5]
+        between = torch.zeros(6, 6, dtype=torch.bool)
+        between[torch.tensor([[3], [5]]), torch.tensor([3, 5])] = True
+        assert torch.equal(found.cosine != 0, between)
 
     @pytest.mark.parametrize("bad", range(4))
     def test_a_rank_at_1000_times_the_norm_is_left_out(self, bad: int) -> None:

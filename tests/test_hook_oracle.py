@@ -78,6 +78,9 @@ def test_gradients_may_travel_in_half_precision(
         settings = {"tau": 2.0, "scope": scope, "exchange": exchange, "wire_dtype": wire}
         outcomes = ranks(3, follow, gradients, SIZES, settings, FEW_BUCKETS)
         assert_follows(outcomes, gradients, oracle.mean, tolerance=tolerance)
+        if exchange == "sharded":  # the result travels too
+            found = outcomes[0].gradients
+            assert torch.equal(found.to(wire).double(), found)
 
 
 def test_no_norm_guard_keeps_what_is_long(ranks: Ranks) -> None:

@@ -178,6 +178,37 @@ def test_agreement_is_stacked_in_bucket_scope(ranks: Ranks) -> None:
     assert ranks(2, look_at_agreement, "model") == [[(2, 2), (2, 2), (2,), ()]] * 2
 
 
+def choose_exchanges(device: torch.device) -> list[str]:
+    """Return how a small and a large bucket travel in bucket scope, then in model scope."""
+    small, large = torch.ones(10, device=device), torch.ones(100_000, device=device)
+    states = [GAFState(), GAFState(scope="model")]
+    return [type(state.connect(bucket)[1]).__name__ for state in states for bucket in (small, large)]
+
+
+def test_auto_gathers_small_buckets_in_bucket_scope_only(ranks: Ranks) -> None:
+    for small, large, *of_model in ranks(2, choose_exchanges):
+        assert small == "GatherExchange"
+        assert large in ("PeerExchange", "ShardedExchange")
+        assert of_model == [large, large]
+
+
+def judge_in_their_dtype(device: torch.device) -> list[torch.dtype]:
+    """Return the Gramian's dtype for models of one dtype each, and in model scope of two."""
+    found = []
+    for dtypes in ([torch.bfloat16] * 2, [torch.float32] * 2, [torch.float64] * 2, [torch.float32, torch.float64]):
+        model = ddp(Probe([20, 20], dtypes), device)
+        state = GAFState(scope="model")
+        model.register_comm_hook(state, gaf_hook)
+        model(torch.ones(40, device=device)).backward()
+        assert state.agreement is not None
+        found.append(state.agreement.gramian.dtype)
+    return found
+
+
+def test_float64_gradients_are_judged_in_float64(ranks: Ranks) -> None:
+    assert ranks(2, judge_in_their_dtype)[0] == [torch.float32, torch.float32, torch.float64, torch.float64]
+
+
 def test_a_state_without_a_group_says_so() -> None:
     with pytest.raises(ValueError, match="process_group is None and there is no default group: call init_pro"):
         GAFState().connect(torch.ones(3))
