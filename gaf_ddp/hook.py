@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from gaf_ddp.agreement import decide
 from gaf_ddp.gramian import gram
+from gaf_ddp.momenta import judged
 from gaf_ddp.state import GAFState, Share
 
 
@@ -61,10 +62,12 @@ def gaf_hook(
 def _filter(state: GAFState, share: Share) -> None:
     """Receive one bucket's rows; once a decision is due, take it for every bucket that waits for it."""
     rows = share.arrive()
-    waiting = state.wait(share, rows, gram(rows))
+    gramian = gram(rows) if state.momenta is None else state.momenta.measure(share.key, rows)
+    waiting = state.wait(share, rows, gramian)
     if not waiting:
         return
     gramian = share.exchange.sum(_total([gramian for _, _, gramian in waiting]))
+    gramian = gramian if state.momenta is None else judged(gramian)
     agreement = decide(gramian, state.weighting_now(), state.max_norm_ratio)
     for share, rows, _ in waiting:
         share.exchange.gather(rows, agreement.weights, share.buffer)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gaf_ddp.agreement import Agreement, AgreementMeter
 from gaf_ddp.exchange import Exchange, Exchanges
+from gaf_ddp.momenta import Momenta
 from gaf_ddp.overlap import Lane, Promise, open_lane
 from gaf_ddp.weighting import Mean, NeighborhoodAgreement, require_tau
 
@@ -30,6 +31,11 @@ class Share:
     exchange: Exchange
     arrive: Callable[[], Tensor]  # waits for the rows (W, n)
 
+    @property
+    def key(self) -> tuple[int, ...]:
+        """What the bucket is about: DDP may lay its buckets out anew, so an index would not do."""
+        return tuple(map(id, self.parameters))
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -47,6 +53,8 @@ class GAFState:
             it. None is 1.0; 2.0 keeps every voter. `GAFState(tau=t)` filters with `NeighborhoodAgreement(t)`.
         scope: `"bucket"`, one decision per DDP bucket; `"model"`, one per step from the Gramian of the whole
             gradient (the paper's meaning), at the price of holding all slices until the last bucket.
+        vote_momentum: judge each rank by `m ← vote_momentum · m + g`, its recent gradients, in place of the last
+            alone; in [0, 1). What is averaged are the gradients still.
         start_step: plain averaging before this step.
 
     Seldom tuned:
@@ -64,8 +72,8 @@ class GAFState:
         agreement: the last step's `Agreement`, on the device; None before the first step.
         decisions: the last step's decisions with their parameters, one in model scope, one per bucket otherwise.
 
-    Memory: bucket scope about one bucket beside DDP's own; model scope about one gradient.
-    A pickled state leaves the process group behind.
+    Memory: bucket scope about one bucket beside DDP's own; model scope about one gradient; vote_momentum one
+    float32 gradient more, W with the gather exchange. A pickled state leaves the process group and the momenta behind.
 
     Raises:
         ValueError: a setting is out of its range; the message names it.
@@ -82,6 +90,7 @@ class GAFState:
         start_step: int = 0,
         wire_dtype: torch.dtype | None = None,
         max_norm_ratio: float | None = 10.0,
+        vote_momentum: float = 0.0,
     ) -> None:
         _require(
             process_group is None or isinstance(process_group, dist.ProcessGroup),
@@ -107,6 +116,11 @@ class GAFState:
             "max_norm_ratio must be None or a number >= 1",
             max_norm_ratio,
         )
+        _require(
+            _is_number(vote_momentum, (int, float)) and 0 <= vote_momentum < 1,
+            "vote_momentum must be a number in [0, 1)",
+            vote_momentum,
+        )
         self.process_group = process_group
         self.tau = tau if callable(tau) else require_tau(1.0 if tau is None else tau)
         self.weighting = weighting
@@ -115,6 +129,7 @@ class GAFState:
         self.start_step = start_step
         self.wire_dtype = wire_dtype
         self.max_norm_ratio = max_norm_ratio
+        self.momenta = Momenta(vote_momentum) if vote_momentum else None
 
         self.step = 0
         self.decisions: list[Decision] = []
@@ -164,6 +179,7 @@ class GAFState:
             _logger.warning("gaf_ddp: process_group is not pickled; the copy will use the default group")
         left_behind: dict[str, Any] = {
             "process_group": None,
+            "momenta": self.momenta and self.momenta.anew(),
             "_parent": None,
             "_lanes": {},
             "_waiting": [],
@@ -212,7 +228,12 @@ class GAFState:
         """Keep a decision; the last bucket's ends the step."""
         self.meter.record(agreement)
         self._decided.append(Decision(agreement, [p for share in shares for p in share.parameters]))
+        if self.momenta is not None:
+            for share in shares:
+                self.momenta.forget(share.key, agreement.nonfinite | agreement.overlong)
         if shares[-1].is_last:
+            if self.momenta is not None:
+                self.momenta.finish()
             self.decisions, self._decided = self._decided, []
             self.step += 1
 
