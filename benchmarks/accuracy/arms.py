@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from benchmarks.accuracy.declare import Experiment, Labels, Rule, Run
+from benchmarks.accuracy.rules import MOMENTA, VOTE_MOMENTUM
 
 Kind = Literal["averaging", "filter", "control", "other rule", "oracle"]
 
@@ -96,6 +97,13 @@ def _candidate(name: str, parameter: float, title: str) -> dict[str, Arm]:
     }
 
 
+def _momenta(tau: float) -> dict[str, Arm]:
+    """Ranks judged by momenta; their cosines are higher, so tau is its own."""
+    key = f"momenta {tau:g}"
+    title = f"judged by momenta {VOTE_MOMENTUM:g}, tau {tau:g}"
+    return {key: Arm(title, "filter", _ruled(MOMENTA, lambda e: tau)), **_controls(key)}
+
+
 def _controls(arm: str) -> dict[str, Arm]:
     return {
         f"{arm}: random members": Arm("… random members", "control", _repeating("random members", arm)),
@@ -121,6 +129,8 @@ ARMS: dict[str, Arm] = {
     "upgrad": Arm("UPGrad (TorchJD)", "other rule", _ruled("upgrad", lambda e: None)),
     "krum": Arm("Krum (TorchJD)", "other rule", _krum),
     "oracle": Arm("oracle: no bad ranks or labels", "oracle", _oracle),
+    **_momenta(0.7),
+    **_momenta(0.5),
     "layers": Arm("per layer, tau {tau}", "filter", _layers),
     **_candidate("quantile", 0.3, "tau = 0.3 quantile of recent distances"),
     **_candidate("quantile", 0.6, "tau = 0.6 quantile of recent distances"),
@@ -133,7 +143,7 @@ ARMS: dict[str, Arm] = {
 
 ALL = (
     "averaging", "best lr", "decay", "random members", "random skips",
-    "default", "neighborhood", "sequential", "upgrad", "krum", "oracle",
+    "default", "neighborhood", "momenta 0.7", "sequential", "upgrad", "krum", "oracle",
 )  # fmt: skip
 """What every experiment trains."""
 

@@ -24,11 +24,11 @@ def shift() -> list[Experiment]:
             "shift",
             f"digits, W={world}, batch {batch}, wrong label map on rank {', '.join(map(str, bad))}",
             replace(digits_run(world, batch, 400), labels=Labels("shift", bad)),
-            WITH_TUNED,
+            (*WITH_TUNED, "momenta 0.7: random members"),
             bad=bad,
             lrs=(*GRID, 0.05),
             seeds=5,
-            real_arms=REAL,
+            real_arms=(*REAL, "momenta 0.7"),
             real_seeds=3 if bad in ((0,), (0, 3, 6)) else 1,
             notes={"panel": f"W={world}, bad rank {', '.join(map(str, bad))}"},
         )
@@ -38,7 +38,7 @@ def shift() -> list[Experiment]:
 
 def broken() -> list[Experiment]:
     """One broken rank of eight, the first or the last."""
-    few = ("averaging", "guard only", "default", "neighborhood", "sequential", "oracle")
+    few = ("averaging", "guard only", "default", "neighborhood", "momenta 0.7", "sequential", "oracle")
     broken = [
         Experiment(
             f"broken {kind} rank {rank}",

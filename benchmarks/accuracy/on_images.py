@@ -13,7 +13,7 @@ def _cifar(world: int, batch: int, steps: int) -> Run:
 
 def candidates() -> list[Experiment]:
     """Other rules, each beside its own random controls; on images only those that gained anything on digits."""
-    keys = ("neighborhood", "quantile 0.3", "layers", "soft 1", "soft 3")
+    keys = ("neighborhood", "momenta 0.5", "momenta 0.7", "quantile 0.3", "layers", "soft 1", "soft 3")
     more = (*keys, "quantile 0.6", "memory 0.9", "memory 1")
     noise = Labels("uniform", share=0.4)
     digits = replace(digits_run(4, 20, 1000), labels=noise, evaluate_every=50)
@@ -46,7 +46,8 @@ def _with_controls(key: str) -> tuple[str, ...]:
 
 def human() -> list[Experiment]:
     """CIFAR-10N on a small CIFAR-10; needs --data-dir."""
-    few = ("averaging", "best lr", "random members", "random skips", "neighborhood", "sequential", "oracle")
+    few = ("averaging", "best lr", "random members", "random skips", "neighborhood", "momenta 0.7", "sequential",
+           "oracle")  # fmt: skip
     settings = {
         "`worse` labels everywhere": (Labels("human", column="worse"), ALL),
         "`aggregate` labels everywhere": (Labels("human", column="aggregate"), few),

@@ -11,11 +11,12 @@ from torch import Tensor
 from benchmarks.accuracy.declare import Run
 from benchmarks.accuracy.faults import FAULTS
 from benchmarks.accuracy.gradients import all_gradients
-from benchmarks.accuracy.rules import build_rule
+from benchmarks.accuracy.rules import build_rule, vote_momentum
 from benchmarks.accuracy.task import Task
 from benchmarks.accuracy.training import build_network, build_optimizer
 from gaf_ddp import combine, gram
 from gaf_ddp.agreement import decide
+from gaf_ddp.momenta import Momenta, judged
 from launch.batches import augment
 
 MEMORY_DECAY = 0.9  # of the running mean of past updates, for the rules that want one
@@ -31,6 +32,8 @@ class OneProcess:
         self._parameters = list(self.model.parameters())
         self._rule = build_rule(run, counts)
         self._remembers = getattr(self._rule, "remembers", False)
+        momentum = vote_momentum(run.rule)
+        self._momenta = Momenta(momentum) if momentum else None
         self._segments = self._cut(run.scope)
         self._memory = torch.zeros(sum(p.numel() for p in self._parameters))
         self._fault_memory: dict[str, Tensor] = {}
@@ -69,13 +72,17 @@ class OneProcess:
     def _filter(self, rows: Tensor, segment: slice) -> Tensor:
         """Decide about one segment of the gradient and leave the result in `p.grad`."""
         assert self._rule is not None
-        judged = torch.cat([rows, self._memory[None, segment]]) if self._remembers else rows
-        agreement = decide(gram(judged), self._rule, self._run.guard)
-        self._put(combine(judged, agreement.weights) if agreement.agreed else None, segment)
+        if self._remembers:
+            rows = torch.cat([rows, self._memory[None, segment]])
+        key = segment.start
+        gramian = gram(rows) if self._momenta is None else judged(self._momenta.measure(key, rows))
+        agreement = decide(gramian, self._rule, self._run.guard)
+        if self._momenta is not None:
+            self._momenta.forget(key, agreement.nonfinite | agreement.overlong)
+        self._put(combine(rows, agreement.weights) if agreement.agreed else None, segment)
         if self._remembers and agreement.agreed:
-            update = combine(judged, agreement.weights)
-            self._memory[segment].lerp_(update, 1 - MEMORY_DECAY)
-        return agreement.kept[: len(rows)]
+            self._memory[segment].lerp_(combine(rows, agreement.weights), 1 - MEMORY_DECAY)
+        return agreement.kept[: len(self._run.ranks)]
 
     def _put(self, update: Tensor | None, segment: slice) -> None:
         """Write a part of the flat gradient into the parameters it covers; None leaves them out of the step."""

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.accuracy.declare import Run
 from benchmarks.accuracy.faults import FAULTS
-from benchmarks.accuracy.rules import build_rule
+from benchmarks.accuracy.rules import build_rule, vote_momentum
 from benchmarks.accuracy.task import Task
 from benchmarks.accuracy.training import build_network, build_optimizer
 from gaf_ddp import GAFState, gaf_hook, skip_on_disagreement
@@ -54,7 +54,12 @@ class RealRank:
             raise ValueError(f"engine must be 'one process' for rule {self._run.rule.name!r}, found 'ddp'")
         state = None
         if rule is not None:
-            state = GAFState(weighting=rule, scope=self._run.scope, max_norm_ratio=self._run.guard)
+            state = GAFState(
+                weighting=rule,
+                scope=self._run.scope,
+                max_norm_ratio=self._run.guard,
+                vote_momentum=vote_momentum(self._run.rule),
+            )
             skip_on_disagreement(self.optimizer, state)
         fault = self._run.fault
         if fault is not None and fault.rank in self._run.ranks:

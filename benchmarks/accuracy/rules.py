@@ -16,6 +16,9 @@ from gaf_ddp.weighting import present
 
 Weigh = Callable[[Tensor], Tensor]
 
+MOMENTA = "neighborhood of momenta"  # the rule that is shown the Gramian of the momenta
+VOTE_MOMENTUM = 0.9
+
 
 class RandomMembers(Weighting):
     """As many ranks as another run kept at this step, chosen at random among the voters."""
@@ -100,6 +103,7 @@ RULES: dict[str, Callable[[Rule, Run, Sequence[int]], Weigh | None]] = {
     "averaging": lambda rule, run, counts: None,
     "guard only": lambda rule, run, counts: Mean(),
     "neighborhood": lambda rule, run, counts: NeighborhoodAgreement(_tau(rule)),
+    MOMENTA: lambda rule, run, counts: NeighborhoodAgreement(_tau(rule)),
     "sequential": lambda rule, run, counts: SequentialAgreement(_tau(rule)),
     "random members": lambda rule, run, counts: RandomMembers(counts, run.seed),
     "random skips": lambda rule, run, counts: RandomSkips(counts, run.seed),
@@ -110,6 +114,11 @@ RULES: dict[str, Callable[[Rule, Run, Sequence[int]], Weigh | None]] = {
     "memory": lambda rule, run, counts: MemoryAgreement(_tau(rule)),
     "soft": lambda rule, run, counts: SoftAgreement(_tau(rule)),
 }
+
+
+def vote_momentum(rule: Rule) -> float:
+    """By what the rule wants the ranks judged: `GAFState`'s setting of that name."""
+    return VOTE_MOMENTUM if MOMENTA in (rule.name, rule.of and rule.of.name) else 0.0
 
 
 def build_rule(run: Run, counts: Sequence[int] = ()) -> Weigh | None:
