@@ -43,7 +43,7 @@ def filter_bucket(exchange: Exchange, bucket: Tensor) -> None:
     """Do what the hook does for one bucket."""
     rows = exchange.scatter(bucket)()
     gramian = exchange.sum(gram(rows))
-    exchange.gather(rows, decide(gramian, NeighborhoodAgreement(2.0), 10.0).weights, bucket)
+    exchange.gather(rows, decide(gramian, NeighborhoodAgreement(2.0), 10.0).weights, bucket)()
 
 
 def operations(count: int, dtype: torch.dtype, device: torch.device) -> dict[str, Operation]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gaf_ddp import _few_ranks
 from gaf_ddp.gramian import kernels
 from gaf_ddp.weighting import NeighborhoodAgreement, Weighting, cosine, present
 
@@ -59,9 +60,10 @@ def decide(gramian: Tensor, weighting: Callable[[Tensor], Tensor], max_norm_rati
     Raises:
         ValueError: the weighting returned something that is not `(W,)` weights.
     """
-    fused = kernels(gramian.device.type)
-    if fused is not None and type(weighting) is NeighborhoodAgreement and fused.can_decide(gramian):
-        return Agreement(gramian, *fused.neighborhood(gramian, weighting.tau, max_norm_ratio))
+    if type(weighting) is NeighborhoodAgreement:  # the default has a faster way to the same record
+        for fast in (kernels(gramian.device.type), _few_ranks):
+            if fast is not None and fast.can_decide(gramian):
+                return Agreement(gramian, *fast.neighborhood(gramian, weighting.tau, max_norm_ratio))
     nonfinite = ~gramian.diagonal().isfinite()
     candidates = present(gramian)
     overlong = candidates & _longer_than_median(gramian, candidates, max_norm_ratio)

@@ -31,10 +31,10 @@ class Exchange(Protocol):
         """Return the Gramian `(W, W)` of the whole buckets, the same bits on every rank."""
         ...
 
-    def gather(self, rows: Tensor, weights: Tensor, bucket: Tensor) -> None:
+    def gather(self, rows: Tensor, weights: Tensor, bucket: Tensor) -> Callable[[], None]:
         """Write the average of the rows by their weights `(W,)` into bucket, the same bits on every rank.
 
-        The rows are the exchange's again after this.
+        Return a function that waits until it is all there. The rows are the exchange's again after this.
         """
         ...
 
@@ -65,7 +65,7 @@ class GatherExchange:
         dist.broadcast(gramian, group=self._group, group_src=0)
         return gramian
 
-    def gather(self, rows: Tensor, weights: Tensor, bucket: Tensor) -> None:
+    def gather(self, rows: Tensor, weights: Tensor, bucket: Tensor) -> Callable[[], None]:
         """All-reduce this rank's weighted bucket into bucket `(N,)`; a left-out rank adds zeros."""
         own = slice(self._group.rank(), self._group.rank() + 1)
         wide = torch.promote_types(bucket.dtype, torch.float32)  # sums stay in float32 for half precision too
@@ -73,6 +73,7 @@ class GatherExchange:
         dist.all_reduce(share, group=self._group)
         if share is not bucket:
             bucket.copy_(share)
+        return _nothing
 
 
 class ShardedExchange:
@@ -104,13 +105,14 @@ class ShardedExchange:
         dist.all_reduce(gramian, group=self._group)
         return gramian
 
-    def gather(self, rows: Tensor, weights: Tensor, bucket: Tensor) -> None:
+    def gather(self, rows: Tensor, weights: Tensor, bucket: Tensor) -> Callable[[], None]:
         """Average this rank's slice and all-gather everyone's into bucket `(N,)`."""
         received = self._padded(bucket)
         shard = combine(rows, weights)
         dist.all_gather_into_tensor(received, shard, group=self._group)
         if received is not bucket:
             bucket.copy_(received[: bucket.numel()])
+        return _nothing
 
     def _padded(self, bucket: Tensor) -> Tensor:
         """Return the bucket itself if it can travel as it is, or room for a copy that can."""
@@ -126,8 +128,8 @@ class PeerExchange:
 
     Gloo's all-gather runs through a second full buffer; sends straight out of the bucket and receives straight
     into it need none, nor padding. Same bytes, same result. Messages of one kind between two ranks arrive in the
-    order they were sent, so the slices of the next bucket can travel while this one is judged. Rows live in
-    memory that is used again: fresh pages cost as much time as the sums.
+    order they were sent, so the next bucket's slices and the last one's average travel while this one is judged.
+    Rows live in memory that is used again: fresh pages cost as much time as the sums.
     """
 
     def __init__(self, group: dist.ProcessGroup, wire_dtype: torch.dtype | None = None) -> None:
@@ -165,7 +167,7 @@ class PeerExchange:
         self._swap([gramian] * size, received.unbind(), _SUM)()
         return received.sum(0)
 
-    def gather(self, rows: Tensor, weights: Tensor, bucket: Tensor) -> None:
+    def gather(self, rows: Tensor, weights: Tensor, bucket: Tensor) -> Callable[[], None]:
         """Average this rank's slice in place and send it to everyone's bucket `(N,)`."""
         received = bucket
         if self._wire_dtype is not None:
@@ -173,10 +175,15 @@ class PeerExchange:
         slices = received.tensor_split(self._group.size())
         own = combine(rows, weights, out=slices[self._group.rank()])
         self._workspace.give_back(rows)
-        self._swap([own] * len(slices), slices, _GATHER)()
-        if received is not bucket:
-            bucket.copy_(received)
-            self._workspace.give_back(received)
+        finish = self._swap([own] * len(slices), slices, _GATHER)
+
+        def wait() -> None:
+            finish()
+            if received is not bucket:
+                bucket.copy_(received)
+                self._workspace.give_back(received)
+
+        return wait
 
     def _swap(self, sent: Sequence[Tensor], received: Sequence[Tensor], tag: int) -> Callable[[], None]:
         """Send `sent[r]` to each other rank r, receive its tensor into `received[r]`; return the wait for both."""
@@ -191,6 +198,10 @@ class PeerExchange:
                     work.wait()
 
         return finish
+
+
+def _nothing() -> None:
+    """Wait for what is there already, or comes in the order of the device's stream."""
 
 
 _SCATTER, _SUM, _GATHER = 1, 2, 3  # tags: each kind of message has its own order

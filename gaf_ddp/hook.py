@@ -61,6 +61,8 @@ def gaf_hook(
 
 def _filter(state: GAFState, share: Share) -> None:
     """Receive one bucket's rows; once a decision is due, take it for every bucket that waits for it."""
+    if share.is_first:  # a backward that broke off may have left some on their way
+        _land(state)
     rows = share.arrive()
     gramian = gram(rows) if state.momenta is None else state.momenta.measure(share.key, rows)
     waiting = state.wait(share, rows, gramian)
@@ -70,9 +72,16 @@ def _filter(state: GAFState, share: Share) -> None:
     gramian = gramian if state.momenta is None else judged(gramian)
     agreement = decide(gramian, state.weighting_now(), state.max_norm_ratio)
     for share, rows, _ in waiting:
-        share.exchange.gather(rows, agreement.weights, share.buffer)
+        state.send(share, share.exchange.gather(rows, agreement.weights, share.buffer))
     state.record(agreement, [share for share, _, _ in waiting])
-    for share, _, _ in waiting:
+    if share.is_last:  # not before: DDP asks for no result until the end, and the way back takes a while
+        _land(state)
+
+
+def _land(state: GAFState) -> None:
+    """Wait for every average that is on its way, and hand them over."""
+    for share, arrive in state.sent():
+        arrive()
         share.promise.set_result(share.buffer)
 
 

@@ -129,6 +129,7 @@ class GAFState:
         self.start_step = start_step
         self.wire_dtype = wire_dtype
         self.max_norm_ratio = max_norm_ratio
+        self.vote_momentum = vote_momentum
         self.momenta = Momenta(vote_momentum) if vote_momentum else None
 
         self.step = 0
@@ -139,6 +140,7 @@ class GAFState:
         self._lanes: dict[torch.device, tuple[Lane, Exchanges]] = {}
         self._waiting: list[tuple[Share, Tensor, Tensor]] = []
         self._decided: list[Decision] = []
+        self._sent: list[tuple[Share, Callable[[], None]]] = []
 
     @property
     def agreement(self) -> Agreement | None:
@@ -184,6 +186,7 @@ class GAFState:
             "_lanes": {},
             "_waiting": [],
             "_decided": [],
+            "_sent": [],
         }
         return {**self.__dict__, **left_behind, "decisions": []}
 
@@ -223,6 +226,15 @@ class GAFState:
             return []
         ready, self._waiting = self._waiting, []
         return ready
+
+    def send(self, share: Share, arrive: Callable[[], None]) -> None:
+        """Note that a bucket's average is on its way."""
+        self._sent.append((share, arrive))
+
+    def sent(self) -> list[tuple[Share, Callable[[], None]]]:
+        """Return the buckets on their way, each with the function that waits for it, and forget them."""
+        sent, self._sent = self._sent, []
+        return sent
 
     def record(self, agreement: Agreement, shares: list[Share]) -> None:
         """Keep a decision; the last bucket's ends the step."""

@@ -98,6 +98,7 @@ def _add_filter(group: argparse._ArgumentGroup) -> None:
         default=10.0,
         help="a gradient longer than this many median norms has no vote; or none",
     )
+    add("--vote-momentum", type=_number(float, 0, 0.999), default=0.0, help="judge ranks by momenta of gradients")
     add("--start-step", type=_number(int, 0), default=0, help="plain averaging before this step")
 
 

@@ -36,6 +36,7 @@ def attach(
         start_step=plan.start_step,
         wire_dtype=WIRE_DTYPES[plan.wire_dtype],
         max_norm_ratio=plan.max_norm_ratio,
+        vote_momentum=plan.vote_momentum,
     )
     model.register_comm_hook(state, gaf_hook)
     skip_on_disagreement(optimizer, state)

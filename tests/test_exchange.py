@@ -33,7 +33,7 @@ def exchanged(device: torch.device, kind: type, case: Case) -> tuple[Tensor, Ten
     rows = exchange.scatter(bucket)()
     assert len(rows) == dist.get_world_size()
     gramian = exchange.sum(gram(rows))
-    exchange.gather(rows, decide(gramian, case.weighting, None).weights, bucket)
+    exchange.gather(rows, decide(gramian, case.weighting, None).weights, bucket)()
     return bucket.cpu(), gramian.cpu()
 
 

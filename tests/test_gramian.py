@@ -12,7 +12,7 @@ from tests.gradients import random_gradients
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-LENGTHS = [0, 1, 2, 15, 1000, 16_384, 16_385, 40_001]  # about and beyond the chunks the package works in
+LENGTHS = [0, 1, 2, 15, 1000, 16_384, 16_385, 65_537, 300_001]  # about and beyond the chunks the package works in
 
 # The largest errors seen up to a million elements: gram 2.2e-6 of |row i||row j|
 # (2.4e-14 for float64), combine 2.0e-7 of the weighted sum of the rows' magnitudes, before it is rounded once.

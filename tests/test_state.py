@@ -51,6 +51,9 @@ class TestSettings:
             ({"max_norm_ratio": 0.5}, "max_norm_ratio must be None or a number >= 1, found 0.5"),
             ({"max_norm_ratio": float("nan")}, "max_norm_ratio must be None or a number >= 1, found nan"),
             ({"max_norm_ratio": "10"}, "max_norm_ratio must be None or a number >= 1, found '10'"),
+            ({"vote_momentum": 1}, r"vote_momentum must be a number in \[0, 1\), found 1"),
+            ({"vote_momentum": -0.1}, r"vote_momentum must be a number in \[0, 1\), found -0.1"),
+            ({"vote_momentum": None}, r"vote_momentum must be a number in \[0, 1\), found None"),
             ({"max_norm_ratio": True}, "max_norm_ratio must be None or a number >= 1, found True"),
         ],
         ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -75,6 +78,8 @@ class TestSettings:
             {"max_norm_ratio": 1},
             {"max_norm_ratio": float("inf")},
             {"max_norm_ratio": None},
+            {"vote_momentum": 0},
+            {"vote_momentum": 0.9},
         ],
         ids=str,
     )
@@ -88,7 +93,7 @@ class TestSettings:
         assert isinstance(state.weighting_now(), NeighborhoodAgreement)
         assert (state.tau, state.scope, state.exchange, state.start_step) == (1.0, "bucket", "auto", 0)
         assert (state.process_group, state.weighting, state.wire_dtype) == (None, None, None)
-        assert state.max_norm_ratio == 10
+        assert (state.max_norm_ratio, state.vote_momentum, state.momenta) == (10, 0, None)
         assert (state.step, state.agreement, state.decisions, state.summary()) == (0, None, [], {})
 
     def test_a_rank_outside_the_group_is_told(self, gloo_ranks: Ranks) -> None:

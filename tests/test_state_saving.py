@@ -77,6 +77,7 @@ class TestPickling:
             {"scope": "model"},
             {"exchange": "gather"},
             {"start_step": 7},
+            {"vote_momentum": 0.5},
             {"wire_dtype": torch.bfloat16},
             {"max_norm_ratio": None},
             {"max_norm_ratio": 3.0},
