@@ -1,4 +1,4 @@
-"""The default decision in plain numbers: on the CPU, for few ranks, a hundred small tensor ops cost ten times more."""
+"""The default decision in plain numbers: for few ranks on the CPU, a hundred small tensor operations cost more."""
 
 import math
 from collections.abc import Iterable
