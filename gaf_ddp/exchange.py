@@ -208,7 +208,8 @@ _SCATTER, _SUM, _GATHER = 1, 2, 3  # tags: each kind of message has its own orde
 _SMALL_SWAP = 16**3  # elements in all
 
 
-# Below this many bytes in all, a bucket's time is latency and the gather exchange's two hops win.
+# Up to this many bytes in all, latency is a bucket's time on an accelerator (not measured yet). On the CPU gathering
+# never won at W = 4, nor from 16 KB at W = 2: see results/collectives_gloo_w2.json and _w4.json.
 _LATENCY_BYTES = 65_536
 
 
@@ -221,13 +222,14 @@ class Exchanges:
         self._made: dict[type, Exchange] = {}
 
     def choose(self, name: str, bucket: Tensor) -> Exchange:
-        """Return the exchange called name; `"auto"` decides by W and the bucket's bytes, alike on every rank."""
+        """Return the exchange called name; `"auto"` decides by device, W and the bucket's bytes, alike on every rank."""
+        on_cpu = bucket.device.type == "cpu"
         small = self._group.size() * bucket.numel() * bucket.element_size() <= _LATENCY_BYTES
         kind: type[GatherExchange | ShardedExchange | PeerExchange]
-        if name == "gather" or (name == "auto" and small):
+        if name == "gather" or (name == "auto" and small and not on_cpu):
             kind = GatherExchange
         else:
-            kind = PeerExchange if bucket.device.type == "cpu" else ShardedExchange
+            kind = PeerExchange if on_cpu else ShardedExchange
         if kind not in self._made:
             self._made[kind] = kind(self._group, self._wire_dtype)
         return self._made[kind]

@@ -61,8 +61,8 @@ class GAFState:
         process_group: the group DDP was built with; None is the default group at the first bucket.
         weighting: any callable from Gramian `(W, W)` to weights `(W,)` in place of tau. It must return the same
             on every rank: seed one that draws random numbers.
-        exchange: `"sharded"` (all-reduce's bytes), `"gather"` (the plain reading), `"auto"` (gather for buckets
-            too small for bandwidth to matter in bucket scope, else sharded).
+        exchange: `"sharded"` (all-reduce's bytes), `"gather"` (the plain reading), `"auto"` (sharded; on
+            accelerators in bucket scope, gather for buckets too small for bandwidth to matter).
         wire_dtype: dtype the gradients travel in, e.g. `torch.bfloat16`; products and sums stay in float32.
         max_norm_ratio: a rank whose gradient is longer than this many lower median norms has no vote; None
             switches the guard off.

@@ -59,7 +59,7 @@ def test_the_hook_equals_the_oracle(ranks: Ranks, world_size: int, scope: str, e
 
 @every_scope
 def test_buckets_may_travel_unlike_ways(ranks: Ranks, scope: str) -> None:
-    # In bucket scope "auto" gathers the small buckets and shards the large one.
+    # In bucket scope "auto" gathers the small buckets on accelerators, and shards the large one.
     sizes = [30_000, 10, 10]
     gradients = torch.stack([random_gradients(3, sum(sizes), seed=s) for s in range(3)])
     settings = {"weighting": NeighborhoodAgreement(0.97), "scope": scope, "exchange": "auto"}
