@@ -208,8 +208,8 @@ _SCATTER, _SUM, _GATHER = 1, 2, 3  # tags: each kind of message has its own orde
 _SMALL_SWAP = 16**3  # elements in all
 
 
-# Up to this many bytes in all, latency is a bucket's time on an accelerator (not measured yet). On the CPU gathering
-# never won at W = 4, nor from 16 KB at W = 2: see results/collectives_gloo_w2.json and _w4.json.
+# Up to this many bytes in all, latency is a bucket's time on an accelerator (not measured yet). On the CPU
+# gathering never won at W = 4, nor from 16 KB at W = 2: benchmarks/results/collectives_gloo_w2.json and _w4.json.
 _LATENCY_BYTES = 65_536
 
 
@@ -222,7 +222,7 @@ class Exchanges:
         self._made: dict[type, Exchange] = {}
 
     def choose(self, name: str, bucket: Tensor) -> Exchange:
-        """Return the exchange called name; `"auto"` decides by device, W and the bucket's bytes, alike on every rank."""
+        """Return the exchange called name; `"auto"` decides by device, W and bucket size, alike on every rank."""
         on_cpu = bucket.device.type == "cpu"
         small = self._group.size() * bucket.numel() * bucket.element_size() <= _LATENCY_BYTES
         kind: type[GatherExchange | ShardedExchange | PeerExchange]
