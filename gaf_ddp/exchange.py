@@ -129,12 +129,20 @@ class PeerExchange:
     Gloo's all-gather runs through a second full buffer; sends straight out of the bucket and receives straight
     into it need none, nor padding. Same bytes, same result. Messages of one kind between two ranks arrive in the
     order they were sent, so the next bucket's slices and the last one's average travel while this one is judged.
-    Rows live in memory that is used again: fresh pages cost as much time as the sums.
+    Rows live in memory that is used again: fresh pages cost as much time as the sums. Small Gramians go over the
+    connections of another group of the same ranks, if there is one: on the group's own they would queue behind
+    megabytes of gradients.
     """
 
-    def __init__(self, group: dist.ProcessGroup, wire_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        wire_dtype: torch.dtype | None = None,
+        small_messages: dist.ProcessGroup | None = None,
+    ) -> None:
         self._group = group
         self._wire_dtype = wire_dtype
+        self._small_messages = small_messages or group
         self._workspace = Workspace()
 
     def scatter(self, bucket: Tensor) -> Callable[[], Tensor]:
@@ -145,7 +153,7 @@ class PeerExchange:
         slices = sent.tensor_split(self._group.size())
         own = slices[self._group.rank()]
         rows = self._workspace.take(len(slices), own.numel(), own.dtype)
-        finish = self._swap(slices, rows.unbind(), _SCATTER)
+        finish = _swap(self._group, slices, rows.unbind(), _SCATTER)
 
         def wait() -> Tensor:
             rows[self._group.rank()].copy_(own)
@@ -164,7 +172,7 @@ class PeerExchange:
             return gramian
         received = gramian.new_empty(size, *gramian.shape)
         received[self._group.rank()] = gramian
-        self._swap([gramian] * size, received.unbind(), _SUM)()
+        _swap(self._small_messages, [gramian] * size, received.unbind(), _SUM)()
         return received.sum(0)
 
     def gather(self, rows: Tensor, weights: Tensor, bucket: Tensor) -> Callable[[], None]:
@@ -175,7 +183,7 @@ class PeerExchange:
         slices = received.tensor_split(self._group.size())
         own = combine(rows, weights, out=slices[self._group.rank()])
         self._workspace.give_back(rows)
-        finish = self._swap([own] * len(slices), slices, _GATHER)
+        finish = _swap(self._group, [own] * len(slices), slices, _GATHER)
 
         def wait() -> None:
             finish()
@@ -185,26 +193,30 @@ class PeerExchange:
 
         return wait
 
-    def _swap(self, sent: Sequence[Tensor], received: Sequence[Tensor], tag: int) -> Callable[[], None]:
-        """Send `sent[r]` to each other rank r, receive its tensor into `received[r]`; return the wait for both."""
-        rank, size = self._group.rank(), self._group.size()
-        others = [(rank + step) % size for step in range(1, size)]
-        works = [dist.irecv(received[r], group=self._group, group_src=r, tag=tag) for r in reversed(others)]
-        works += [dist.isend(sent[r], group=self._group, group_dst=r, tag=tag) for r in others]
 
-        def finish() -> None:
-            for work in works:
-                if work is not None:
-                    work.wait()
+def _swap(
+    group: dist.ProcessGroup, sent: Sequence[Tensor], received: Sequence[Tensor], tag: int
+) -> Callable[[], None]:
+    """Send `sent[r]` to each other rank r, receive its tensor into `received[r]`; return the wait for both."""
+    rank, size = group.rank(), group.size()
+    others = [(rank + step) % size for step in range(1, size)]
+    works = [dist.irecv(received[r], group=group, group_src=r, tag=tag) for r in reversed(others)]
+    works += [dist.isend(sent[r], group=group, group_dst=r, tag=tag) for r in others]
 
-        return finish
+    def finish() -> None:
+        for work in works:
+            if work is not None:
+                work.wait()
+
+    return finish
 
 
 def _nothing() -> None:
     """Wait for what is there already, or comes in the order of the device's stream."""
 
 
-_SCATTER, _SUM, _GATHER = 1, 2, 3  # tags: each kind of message has its own order
+# Tags: each kind of message has its own order, apart from the user's own messages in the same group.
+_SCATTER, _SUM, _GATHER = 0x6761_6601, 0x6761_6602, 0x6761_6603
 _SMALL_SWAP = 16**3  # elements in all
 
 
@@ -216,8 +228,14 @@ _LATENCY_BYTES = 65_536
 class Exchanges:
     """The exchanges of one group, each made when first needed."""
 
-    def __init__(self, group: dist.ProcessGroup, wire_dtype: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        wire_dtype: torch.dtype | None,
+        small_messages: dist.ProcessGroup | None = None,
+    ) -> None:
         self._group = group
+        self._small_messages = small_messages
         self._wire_dtype = wire_dtype if group.size() > 1 else None  # nothing travels
         self._made: dict[type, Exchange] = {}
 
@@ -231,5 +249,6 @@ class Exchanges:
         else:
             kind = PeerExchange if on_cpu else ShardedExchange
         if kind not in self._made:
-            self._made[kind] = kind(self._group, self._wire_dtype)
+            more = (self._small_messages,) if kind is PeerExchange else ()
+            self._made[kind] = kind(self._group, self._wire_dtype, *more)
         return self._made[kind]
