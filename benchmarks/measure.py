@@ -111,6 +111,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "backend": dist.get_backend() if dist.is_initialized() else "none",
         "world_size": world_size,
         "threads_per_rank": torch.get_num_threads(),
+        "link": os.environ.get("GAF_DDP_LINK", "one machine" if world_size > 1 else "none"),
     }
 
 

@@ -31,6 +31,7 @@ def main() -> None:
         "MASTER_PORT": "29500",
         "GLOO_SOCKET_IFNAME": "eth0",
         "OMP_NUM_THREADS": "1",
+        "GAF_DDP_LINK": f"one machine, {given.rate or 'unlimited'} per host",  # for the results' hardware
     }
     command = [sys.executable, "-m", given.module, *given.arguments]
     with Hosts(given.hosts, given.rate) as hosts:

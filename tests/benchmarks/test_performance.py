@@ -62,3 +62,13 @@ def test_scaling(tmp_path: Path) -> None:
     # The model's bytes: an all-reduce's, and the Gramian's W² floats against the bucket's N.
     assert rows[64]["sharded"]["bytes_ratio"] == pytest.approx(1 + 4 * 64**2 / 2**20)
     assert (tmp_path / "out.png").stat().st_size > 10_000
+
+
+def test_pictures_of_the_committed_results(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for path in (ROOT / "benchmarks" / "results").glob("*_gloo_*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    command = [sys.executable, "-m", "benchmarks.pictures", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=100)
+    for name in ("collectives.png", "step_time.png"):
+        assert (tmp_path / name).stat().st_size > 10_000

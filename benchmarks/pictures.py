@@ -1,0 +1,102 @@
+"""Draw what the benchmarks wrote into a folder: python -m benchmarks.pictures [FOLDER]
+
+`collectives*.json` become collectives.png, `step_time*.json` step_time.png. Times are ratios within one run.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent / "results"
+COLOURS = {"gaf_sharded": "#0072B2", "gaf_gather": "#D55E00"}
+MARKERS = "osD^v"
+
+
+def read(folder: Path, name: str) -> list[dict[str, Any]]:
+    """Return the results of one benchmark, by world size and link."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}*.json"))]
+    return sorted(found, key=lambda result: (_link(result), result["hardware"]["world_size"]))
+
+
+def label(result: dict[str, Any]) -> str:
+    """Return what tells one result from the others."""
+    return f"{result['hardware']['world_size']} ranks, {_link(result)}"
+
+
+def draw_collectives(results: list[dict[str, Any]], path: Path) -> None:
+    """Time of the exchanges relative to an all-reduce, over the bucket's bytes."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(1, len(results), figsize=(4.5 * len(results), 3.6), sharey=True, squeeze=False)
+    for axis, result in zip(axes[0], results, strict=True):
+        for name, colour in COLOURS.items():
+            rows = [row for row in result["rows"] if row["collective"] == name]
+            axis.plot(
+                [row["size"] for row in rows],
+                [row["to_all_reduce"]["median"] for row in rows],
+                "o-",
+                color=colour,
+                label=name.replace("gaf_", ""),
+            )
+        axis.axhline(1.0, color="0.6", linewidth=1)
+        axis.set(xscale="log", xlabel="bucket, bytes", title=label(result), ylim=(0, None))
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("time, all-reduce = 1")
+    axes[0][0].legend(frameon=False)
+    _save(figure, results[0], path)
+
+
+def draw_step_time(results: list[dict[str, Any]], path: Path) -> None:
+    """Backward with each hook relative to plain DDP, one marker per number of ranks and link."""
+    pyplot = _pyplot()
+    hooks = list(dict.fromkeys(row["hook"] for result in results for row in result["rows"]))
+    figure, axis = pyplot.subplots(figsize=(8, 0.8 + 0.33 * len(hooks)))
+    for i, result in enumerate(results):
+        rows = [row for row in result["rows"] if row["hook"] != "ddp"]
+        place = [hooks.index(row["hook"]) + 0.12 * (i - len(results) / 2) for row in rows]
+        ratios = [row["backward"]["median"] for row in rows]
+        axis.plot(ratios, place, MARKERS[i % len(MARKERS)], label=label(result))
+    axis.axvline(1.0, color="0.6", linewidth=1)
+    axis.set(xscale="log", xlabel="time of backward, plain DDP = 1")
+    axis.set_xticks([0.5, 0.7, 1, 1.5, 2, 4], ["0.5", "0.7", "1", "1.5", "2", "4"])
+    axis.minorticks_off()
+    axis.set_yticks(range(1, len(hooks)), hooks[1:])
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    _save(figure, results[0], path)
+
+
+def main() -> None:
+    """Draw every picture there are results for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, nargs="?", default=HERE)
+    folder = parser.parse_args().folder
+    for name, draw in (("collectives", draw_collectives), ("step_time", draw_step_time)):
+        if results := read(folder, name):
+            draw(results, folder / f"{name}.png")
+            print(folder / f"{name}.png")
+
+
+def _link(result: dict[str, Any]) -> str:
+    return str(result["hardware"].get("link", "one machine"))
+
+
+def _pyplot() -> Any:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, result: dict[str, Any], path: Path) -> None:
+    facts = result["hardware"]
+    note = f"{facts['device']}, {facts['cores']} cores, {facts['backend']}, torch {facts['torch']}, {facts['date']}"
+    figure.text(0.01, -0.02, note, fontsize=8, color="0.4")
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main()
