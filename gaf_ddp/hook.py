@@ -4,6 +4,8 @@ rows    = exchange.scatter(bucket)         (W, n)  this rank's slice of every ra
 gramian = exchange.sum(gram(rows))         (W, W)  all inner products between the ranks' gradients
 weights = decide(gramian).weights          (W,)    which ranks agree, and how much each counts
 bucket  = exchange.gather(rows, weights)   (N,)    the filtered average, the same on every rank
+
+With `vote_momentum` the Gramian is that of the rows' momenta; the rest is the same.
 """  # DDP checks the hook's annotations: no `from __future__ import annotations` here.
 
 import warnings

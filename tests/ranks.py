@@ -19,9 +19,8 @@ import torch.distributed as dist
 # A fork server starts a clean interpreter, imports once what all tests need, and forks the ranks from there: like
 # spawn, but without W imports of torch per test.
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(
-    ["torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "numpy", "pytest", "gaf_ddp"]
-)
+_TORCH = ["torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "numpy", "pytest", "gaf_ddp"]
+_processes.set_forkserver_preload([*_TORCH, "launch.train", "sklearn.datasets", "matplotlib.figure"])
 
 _GRACE = 10.0  # seconds the other ranks may go on once one has failed: they may only be waiting for it
 
