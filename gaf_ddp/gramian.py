@@ -137,6 +137,8 @@ def _weighted_sum(rows: Tensor, weights: Tensor, out: Tensor) -> Tensor:
         kept = [(i, w) for i, w in enumerate(weights.tolist()) if w != 0.0]
         if not kept:
             return out.zero_()
+        if len(kept) == len(rows) > 3:  # in one pass over out
+            return torch.mv(rows.T, weights.to(rows.dtype), out=out)
         (first, weight), *rest = kept
         torch.mul(rows[first], weight, out=out)
         for i, weight in rest:
