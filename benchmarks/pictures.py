@@ -1,4 +1,4 @@
-"""Draw what the benchmarks wrote into a folder: python -m benchmarks.pictures [FOLDER]
+"""Draw what the benchmarks wrote into a folder: python -m benchmarks.pictures [FOLDER].
 
 `collectives*.json` become collectives.png, `step_time*.json` step_time.png. Times are ratios within one run.
 """

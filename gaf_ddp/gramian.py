@@ -15,8 +15,8 @@ from torch import Tensor
 # Columns of one product. Float32 dot products drift with their length: over 5 M elements a plain `rows @ rows.T`
 # was off by 2.7e-4; products of 16 Ki columns summed in float64 are off by 2e-7, and faster.
 _COLUMNS = 16_384
-# Columns worked on, and converted to float32 or float64, at a time.
-_CHUNK = 16 * _COLUMNS
+# Elements worked on, and converted to float32 or float64, at a time: what a CPU's cache holds, or fills a GPU.
+_ON_CPU, _ON_ACCELERATOR = 2**19, 2**24
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def gram(rows: Tensor) -> Tensor:
     product = torch.float32 if rows.device.type == "cpu" and wide == torch.float32 else torch.float64
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
     with torch.autocast(rows.device.type, enabled=False):
-        for chunk in torch.split(rows, _CHUNK, dim=1):
+        for chunk in _chunks(rows):
             total += _gram_of_chunk(chunk.to(product))
     return total.to(wide)
 
@@ -98,7 +98,7 @@ def combine(rows: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
     wide = _wide(rows)
     if out.dtype == rows.dtype == wide:
         return _weighted_sum(rows, weights, out)
-    for chunk, target in zip(torch.split(rows, _CHUNK, dim=1), torch.split(out, _CHUNK), strict=True):
+    for chunk, (target,) in zip(_chunks(rows), _chunks(out[None], len(rows)), strict=True):
         target.copy_(_weighted_sum(chunk.to(wide), weights, torch.empty_like(target, dtype=wide)))
     return out
 
@@ -153,6 +153,12 @@ def _weighted_sum(rows: Tensor, weights: Tensor, out: Tensor) -> Tensor:
 def _masked(row: Tensor, weight: Tensor) -> Tensor:
     """Return the row, or zeros if its weight is 0, without waiting for the device."""
     return torch.where(weight != 0, row, 0)
+
+
+def _chunks(rows: Tensor, count: int | None = None) -> tuple[Tensor, ...]:
+    """Cut the columns of rows as those of a matrix of count rows, by default its own."""
+    elements = _ON_CPU if rows.device.type == "cpu" else _ON_ACCELERATOR
+    return torch.split(rows, max(elements // max(count or len(rows), 1), 1024), dim=1)
 
 
 def _wide(rows: Tensor) -> torch.dtype:
