@@ -8,7 +8,8 @@ from benchmarks.accuracy.tables import Rows, control
 LINES = {
     "averaging": ("#999999", "-", "o"), "best lr": ("#555555", "--", "s"), "decay": ("#bbbbbb", "--", "v"),
     "random members": ("#e69f00", "-", "o"), "random skips": ("#d55e00", "--", "s"),
-    "neighborhood": ("#0072b2", "-", "o"), "tuned": ("#56b4e9", "--", "s"), "oracle": ("#000000", ":", ""),
+    "neighborhood": ("#0072b2", "-", "o"), "tuned": ("#56b4e9", "--", "s"), "momenta 0.7": ("#009e73", "-", "D"),
+    "oracle": ("#000000", ":", ""),
 }  # fmt: skip
 
 
@@ -16,6 +17,7 @@ NAMES = {
     "best lr": "averaging, best lr",
     "neighborhood": "NeighborhoodAgreement",
     "tuned": "NeighborhoodAgreement, best lr",
+    "momenta 0.7": "judged by momenta, tau 0.7",
     "oracle": "oracle: clean labels",
 }
 

@@ -92,6 +92,7 @@ SHORT = {
     "sequential": "Sequential\n(paper)\ntau 0.95",
     "default": "Neighbor-\nhood\ntau 1",
     "neighborhood": "Neighbor-\nhood\ntau 0.95",
+    "momenta 0.7": "by momenta\n0.9, tau 0.7",
     "oracle": "without\nthe rank",
 }
 
@@ -102,7 +103,8 @@ def _heatmap(pyplot: Any, rows: Rows) -> Any:
 
     colors = LinearSegmentedColormap.from_list("", SHADES)
     colors.set_bad("#eeeeee")
-    arms = ("averaging", "guard only", "krum", "upgrad", "sequential", "default", "neighborhood", "oracle")
+    arms = ("averaging", "guard only", "krum", "upgrad", "sequential", "default", "neighborhood", "momenta 0.7",
+            "oracle")  # fmt: skip
     figure, axes = pyplot.subplots(1, 2, figsize=(14, 5.4), layout="constrained", sharey=True)
     for axis, rank, place in zip(axes, (0, 7), ("first", "last"), strict=True):
         shown = [(e, {row.arm: row for row in found}) for e, found in rows if e.notes["rank"] == rank]

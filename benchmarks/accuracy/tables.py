@@ -53,7 +53,8 @@ def _real(row: Row) -> str:
 
 def _broken(rows: Rows) -> str:
     """Faults down, arms across: final accuracy with the bad rank first / last."""
-    arms = ("averaging", "guard only", "neighborhood", "default", "sequential", "krum", "upgrad", "oracle")
+    arms = ("averaging", "guard only", "neighborhood", "default", "momenta 0.7", "sequential", "krum", "upgrad",
+            "oracle")  # fmt: skip
     faults: dict[str, dict[int, dict[str, Row]]] = {}
     for e, found in rows:
         faults.setdefault(e.notes["fault"], {})[e.notes["rank"]] = {row.arm: row for row in found}
