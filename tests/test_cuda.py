@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,19 +15,19 @@ from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-SCOPES = ("bucket", "model")
+SETTINGS = ({"scope": "bucket"}, {"scope": "model"}, {"scope": "model", "vote_momentum": 0.9})
 
 
 def _train(
-    device: torch.device, scope: str
+    device: torch.device, settings: dict[str, Any]
 ) -> tuple[DistributedDataParallel, torch.optim.Optimizer, torch.Tensor]:
     torch.manual_seed(0)
     warnings.simplefilter("ignore")  # world size 1 has nothing to filter, and says so
     model = DistributedDataParallel(nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10)).to(device))
-    state = GAFState(tau=0.9, scope=scope)
+    state = GAFState(tau=0.9, **settings)
     model.register_comm_hook(state, gaf_hook)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    if scope == "model":  # the exact skip without a sync; bucket scope has one
+    if settings["scope"] == "model":  # the exact skip without a sync; bucket scope has one
         skip_on_disagreement(optimizer, state)
     inputs = torch.randn(32, 64, device=device)
     for _ in range(3):  # buckets are rebuilt, kernels compiled
@@ -41,8 +42,8 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: torch.Tens
     optimizer.step()
 
 
-def _step_without_sync(device: torch.device, scope: str) -> None:
-    model, optimizer, inputs = _train(device, scope)
+def _step_without_sync(device: torch.device, settings: dict[str, Any]) -> None:
+    model, optimizer, inputs = _train(device, settings)
     torch.cuda.set_sync_debug_mode("error")
     try:
         _step(model, optimizer, inputs)
@@ -50,22 +51,22 @@ def _step_without_sync(device: torch.device, scope: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def _device_to_host_copies(device: torch.device, scope: str) -> list[str]:
-    model, optimizer, inputs = _train(device, scope)
+def _device_to_host_copies(device: torch.device, settings: dict[str, Any]) -> list[str]:
+    model, optimizer, inputs = _train(device, settings)
     with torch.profiler.profile() as profile:
         _step(model, optimizer, inputs)
         torch.cuda.synchronize()
     return [event.name for event in profile.events() if "Memcpy DtoH" in event.name]
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-def test_a_training_step_has_no_host_sync(tmp_path: Path, scope: str) -> None:
-    run_ranks(1, _step_without_sync, scope, folder=tmp_path, backend="nccl")
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_training_step_has_no_host_sync(tmp_path: Path, settings: dict[str, Any]) -> None:
+    run_ranks(1, _step_without_sync, settings, folder=tmp_path, backend="nccl")
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-def test_a_training_step_copies_nothing_to_the_host(tmp_path: Path, scope: str) -> None:
-    assert run_ranks(1, _device_to_host_copies, scope, folder=tmp_path, backend="nccl") == [[]]
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_training_step_copies_nothing_to_the_host(tmp_path: Path, settings: dict[str, Any]) -> None:
+    assert run_ranks(1, _device_to_host_copies, settings, folder=tmp_path, backend="nccl") == [[]]
 
 
 @pytest.mark.parametrize("world_size", [2, 8, 64, 1024])

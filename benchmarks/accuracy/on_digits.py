@@ -49,7 +49,7 @@ def broken() -> list[Experiment]:
             tau=0.95,
             bad=(rank,),
             lrs=(0.005, 0.02, 0.05),
-            real_arms=("neighborhood",) if rank == 0 else (),
+            real_arms=_repeated(kind) if rank == 0 else (),
             real_seeds=1,
             notes={"fault": kind, "rank": rank},
         )
@@ -61,6 +61,11 @@ def broken() -> list[Experiment]:
         (*ALL, "guard only"), tau=0.95, lrs=(0.005, 0.02, 0.05), notes={"fault": "none", "rank": 0},
     )  # fmt: skip
     return [none, *broken]
+
+
+def _repeated(fault: str) -> tuple[str, ...]:
+    """Return what is repeated on real ranks with this fault."""
+    return ("neighborhood", "momenta 0.7") if fault == "a little is enough" else ("neighborhood",)
 
 
 def uniform() -> list[Experiment]:
