@@ -216,7 +216,7 @@ def _nothing() -> None:
 
 
 # Tags: each kind of message has its own order, apart from the user's own messages in the same group.
-_SCATTER, _SUM, _GATHER = 0x6761_6601, 0x6761_6602, 0x6761_6603
+_SCATTER, _SUM, _GATHER = 26_465, 26_466, 26_467
 _SMALL_SWAP = 16**3  # elements in all
 
 
