@@ -30,7 +30,13 @@ class ThreadLane:
 
     def __init__(self, parent: dist.ProcessGroup, device: torch.device) -> None:
         self.group = _sibling_group(parent, device)
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gaf_ddp")
+        # A new thread does not know of set_num_threads: matrix products would wake a second thread per core.
+        self._executor = ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix="gaf_ddp",
+            initializer=torch.set_num_threads,
+            initargs=(torch.get_num_threads(),),
+        )
         self._error: BaseException | None = None
         self._told = False  # whether the error itself has been raised to the user
         self._promises: list[Promise] = []
