@@ -20,7 +20,8 @@ class Agreement:
     one entry per bucket, in the order DDP sent them.
 
     Attributes:
-        gramian: `(W, W)`, inner products between the ranks' gradients, as measured.
+        gramian: `(W, W)`, inner products between the ranks' gradients, as measured; with `vote_momentum` between
+            their momenta.
         cosine: `(W, W)` float64, cosines between the voters; 0 beside a rank that is no voter.
         weights: `(W,)`, each rank's share of the result.
         kept: bool `(W,)`, weight is not 0.
