@@ -167,7 +167,7 @@ class GAFState:
         return summary
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what training needs to go on: the step and the statistics. Momenta begin anew, settings are yours."""
+        """Return what training needs to go on: the step and the statistics; momenta begin anew."""
         return {"step": self.step, "meter": self.meter.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
