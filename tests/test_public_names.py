@@ -11,7 +11,7 @@ import gaf_ddp
 NAMES = {
     "Agreement": "(gramian, cosine, weights, kept, agreed, voters, nonfinite, overlong)",
     "GAFState": "(process_group=None, tau=None, *, weighting=None, scope='bucket', exchange='auto', start_step=0, "
-    "wire_dtype=None, max_norm_ratio=10.0)",
+    "wire_dtype=None, max_norm_ratio=10.0, vote_momentum=0.0)",
     "Mean": "()",
     "MicrobatchFilter": "(parameters, tau=1.0, *, running='mean')",
     "NeighborhoodAgreement": "(tau)",
