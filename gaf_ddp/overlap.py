@@ -1,7 +1,7 @@
 """Running the hook's work beside backward, in bucket order on every rank.
 
 Collectives must be issued in the same order everywhere. On gloo, callbacks run in any order, and DDP uses its
-own group meanwhile, so the work goes through one thread with one group of its own. On an accelerator the work
+own group meanwhile, so the work goes through one thread with groups of its own. On an accelerator the work
 is enqueued at once, in the hook, on a side stream: the device keeps the order and the host never waits.
 """
 
@@ -20,9 +20,11 @@ from torch.futures import Future
 
 Promise = Future[Tensor]
 
+MOST_SWAPPING = 16  # ranks that get a second group: those whose Gramians are swapped, not all-reduced
+
 
 class ThreadLane:
-    """One worker thread with its own process group, for groups whose collectives block the host.
+    """One worker thread with its own process groups, for groups whose collectives block the host.
 
     An exception in the work reaches the user out of `backward()`, with its traceback. After it the lane is
     closed: this rank is out of step with the others, which end by the group's time-out.
@@ -30,6 +32,9 @@ class ThreadLane:
 
     def __init__(self, parent: dist.ProcessGroup, device: torch.device) -> None:
         self.group = _sibling_group(parent, device)
+        # Connections of their own, for a few ranks: behind megabytes of gradients they would wait.
+        few = parent.size() <= MOST_SWAPPING
+        self.small_messages = _sibling_group(parent, device) if few else self.group
         # A new thread does not know of set_num_threads: matrix products would wake a second thread per core.
         self._executor = ThreadPoolExecutor(
             max_workers=1,
@@ -95,7 +100,7 @@ class StreamLane:
     """A side stream of an accelerator: the work is enqueued inside the hook, on DDP's own group."""
 
     def __init__(self, parent: dist.ProcessGroup, device: torch.device) -> None:
-        self.group = parent
+        self.group = self.small_messages = parent
         self._device = device
         self._module = torch.get_device_module(device)
         self._stream = self._module.Stream(device)

@@ -204,7 +204,7 @@ class GAFState:
             self._parent, self._lanes = parent, {}
         if buffer.device not in self._lanes:
             lane = open_lane(parent, buffer.device)
-            self._lanes[buffer.device] = lane, Exchanges(lane.group, self.wire_dtype, parent)
+            self._lanes[buffer.device] = lane, Exchanges(lane.group, self.wire_dtype, lane.small_messages)
         lane, exchanges = self._lanes[buffer.device]
         name = "sharded" if self.exchange == "auto" and self.scope == "model" else self.exchange
         return lane, exchanges.choose(name, buffer)
