@@ -1,7 +1,7 @@
 """The default decision in plain numbers: for few ranks on the CPU, a hundred small tensor operations cost more."""
 
 import math
-from collections.abc import Iterable
+from statistics import median_low
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ def neighborhood(gramian: Tensor, tau: float, max_norm_ratio: float | None) -> t
     square = [inner[i][i] for i in ranks]
     nonfinite = [not math.isfinite(s) for s in square]
     norm = {i: math.sqrt(square[i]) for i in ranks if square[i] > 0 and not nonfinite[i]}
-    limit = math.inf if max_norm_ratio is None or not norm else max_norm_ratio * _lower_median(norm.values())
+    limit = math.inf if max_norm_ratio is None or not norm else max_norm_ratio * median_low(norm.values())
     voters = [i for i in norm if norm[i] <= limit]
     cosine = [[0.0 for _ in ranks] for _ in ranks]
     for i in voters:
@@ -53,11 +53,6 @@ def _largest_neighborhood(cosine: list[list[float]], voters: list[int], tau: flo
     spread = {i: math.fsum(1 - cosine[i][j] for j in near[i]) for i in voters}
     centre = min(voters, key=lambda i: (-len(near[i]), spread[i], i))
     return near[centre] if len(near[centre]) > 1 or len(voters) == 1 else []
-
-
-def _lower_median(norms: Iterable[float]) -> float:
-    ordered = sorted(norms)
-    return ordered[(len(ordered) - 1) // 2]
 
 
 def _clamp(cosine: float) -> float:

@@ -167,7 +167,7 @@ class PeerExchange:
     def sum(self, gramian: Tensor) -> Tensor:
         """Add up the slices' Gramians `(W, W)`: swapped whole while that is little, one hop, else all-reduced."""
         size = self._group.size()
-        if size * gramian.numel() > _SMALL_SWAP:
+        if size > MOST_SWAPPING:
             dist.all_reduce(gramian, group=self._group)
             return gramian
         received = gramian.new_empty(size, *gramian.shape)
@@ -217,7 +217,7 @@ def _nothing() -> None:
 
 # Tags: each kind of message has its own order, apart from the user's own messages in the same group.
 _SCATTER, _SUM, _GATHER = 26_465, 26_466, 26_467
-_SMALL_SWAP = 16**3  # elements in all
+MOST_SWAPPING = 16  # ranks whose Gramians are swapped whole, in one hop, and not all-reduced
 
 
 # Up to this many bytes in all, latency is a bucket's time on an accelerator (not measured yet). On the CPU

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.futures import Future
 
-Promise = Future[Tensor]
+from gaf_ddp.exchange import MOST_SWAPPING
 
-MOST_SWAPPING = 16  # ranks that get a second group: those whose Gramians are swapped, not all-reduced
+Promise = Future[Tensor]
 
 
 class ThreadLane:
@@ -32,7 +32,7 @@ class ThreadLane:
 
     def __init__(self, parent: dist.ProcessGroup, device: torch.device) -> None:
         self.group = _sibling_group(parent, device)
-        # Connections of their own, for a few ranks: behind megabytes of gradients they would wait.
+        # Swapped Gramians have connections of their own: behind megabytes of gradients they would wait.
         few = parent.size() <= MOST_SWAPPING
         self.small_messages = _sibling_group(parent, device) if few else self.group
         # A new thread does not know of set_num_threads: matrix products would wake a second thread per core.

@@ -1,6 +1,7 @@
 """All ranks of a run in one process, one after the other: the same numbers as DDP, ten times sooner on few cores.
 
-Only the travelling is left out. Gradients are judged by the package's own `gram`, `decide` and `combine`.
+Only the travelling is left out. Gradients are judged by the package's own `gram`, `decide` and `combine`. Momenta
+alone differ: under DDP they begin anew after the first step, when it lays its buckets out anew.
 """
 
 from collections.abc import Sequence
