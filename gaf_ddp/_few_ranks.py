@@ -34,14 +34,16 @@ def neighborhood(gramian: Tensor, tau: float, max_norm_ratio: float | None) -> t
     kept = _largest_neighborhood(cosine, voters, tau)
     poisoned = any(nonfinite) and not voters
     share = math.nan if poisoned else 1 / max(len(kept), 1)
+    each = torch.tensor([[i in kept, i in voters, nonfinite[i], i in norm and i not in voters] for i in ranks])
+    is_kept, is_voter, is_nonfinite, is_overlong = each.view(-1, 4).T.contiguous()
     return (
         torch.tensor(cosine, dtype=torch.float64).view(len(inner), len(inner)),
         torch.tensor([share if poisoned or i in kept else 0.0 for i in ranks], dtype=gramian.dtype),
-        torch.tensor([i in kept for i in ranks]),
+        is_kept,
         torch.tensor(bool(kept) or not (voters or poisoned)),
-        torch.tensor([i in voters for i in ranks]),
-        torch.tensor(nonfinite),
-        torch.tensor([i in norm and i not in voters for i in ranks]),
+        is_voter,
+        is_nonfinite,
+        is_overlong,
     )
 
 

@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gaf_ddp.gramian import combine
+from gaf_ddp.gramian import Rows, combine
 from gaf_ddp.workspace import Workspace
 
 
 class Exchange(Protocol):
     """Three collectives, called in this order; the bucket is `(N,)`, any floating dtype, contiguous."""
 
-    def scatter(self, bucket: Tensor) -> Callable[[], Tensor]:
+    def scatter(self, bucket: Tensor) -> Callable[[], Rows]:
         """Return a function that waits for the rows and returns them.
 
         Rows `(W, n)`: the elements this rank judges, of every rank's bucket, in rank order. Only `PeerExchange`
@@ -31,7 +31,7 @@ class Exchange(Protocol):
         """Return the Gramian `(W, W)` of the whole buckets, the same bits on every rank."""
         ...
 
-    def gather(self, rows: Tensor, weights: Tensor, bucket: Tensor) -> Callable[[], None]:
+    def gather(self, rows: Rows, weights: Tensor, bucket: Tensor) -> Callable[[], None]:
         """Write the average of the rows by their weights `(W,)` into bucket, the same bits on every rank.
 
         Return a function that waits until it is all there. The rows are the exchange's again after this.
@@ -65,7 +65,7 @@ class GatherExchange:
         dist.broadcast(gramian, group=self._group, group_src=0)
         return gramian
 
-    def gather(self, rows: Tensor, weights: Tensor, bucket: Tensor) -> Callable[[], None]:
+    def gather(self, rows: Rows, weights: Tensor, bucket: Tensor) -> Callable[[], None]:
         """All-reduce this rank's weighted bucket into bucket `(N,)`; a left-out rank adds zeros."""
         own = slice(self._group.rank(), self._group.rank() + 1)
         wide = torch.promote_types(bucket.dtype, torch.float32)  # sums stay in float32 for half precision too
@@ -105,7 +105,7 @@ class ShardedExchange:
         dist.all_reduce(gramian, group=self._group)
         return gramian
 
-    def gather(self, rows: Tensor, weights: Tensor, bucket: Tensor) -> Callable[[], None]:
+    def gather(self, rows: Rows, weights: Tensor, bucket: Tensor) -> Callable[[], None]:
         """Average this rank's slice and all-gather everyone's into bucket `(N,)`."""
         received = self._padded(bucket)
         shard = combine(rows, weights)
@@ -129,9 +129,9 @@ class PeerExchange:
     Gloo's all-gather runs through a second full buffer; sends straight out of the bucket and receives straight
     into it need none, nor padding. Same bytes, same result. Messages of one kind between two ranks arrive in the
     order they were sent, so the next bucket's slices and the last one's average travel while this one is judged.
-    Rows live in memory that is used again: fresh pages cost as much time as the sums. Small Gramians go over the
-    connections of another group of the same ranks, if there is one: on the group's own they would queue behind
-    megabytes of gradients.
+    This rank's own row stays in the bucket, where its average will be; the others' live in memory that is used
+    again, as fresh pages cost as much time as the sums. Small Gramians go over the connections of another group
+    of the same ranks, if there is one: on the group's own they would queue behind megabytes of gradients.
     """
 
     def __init__(
@@ -144,22 +144,22 @@ class PeerExchange:
         self._wire_dtype = wire_dtype
         self._small_messages = small_messages or group
         self._workspace = Workspace()
+        self._travelling: dict[int, Tensor] = {}  # by bucket: what goes over the wire in its place
 
-    def scatter(self, bucket: Tensor) -> Callable[[], Tensor]:
-        """Send this rank's slices; return a function that waits for rows `(W, n)`, n alike to within 1."""
-        sent = bucket
+    def scatter(self, bucket: Tensor) -> Callable[[], Rows]:
+        """Send this rank's slices; return a function that waits for W rows `(n,)`, n alike to within 1."""
+        travelling = bucket
         if self._wire_dtype is not None:
-            sent = self._workspace.take(1, bucket.numel(), self._wire_dtype)[0].copy_(bucket)
-        slices = sent.tensor_split(self._group.size())
-        own = slices[self._group.rank()]
-        rows = self._workspace.take(len(slices), own.numel(), own.dtype)
-        finish = _swap(self._group, slices, rows.unbind(), _SCATTER)
+            travelling = self._workspace.take(1, bucket.numel(), self._wire_dtype)[0].copy_(bucket)
+            self._travelling[bucket.data_ptr()] = travelling
+        slices = travelling.tensor_split(self._group.size())
+        rank = self._group.rank()
+        others = self._workspace.take(len(slices) - 1, len(slices[rank]), travelling.dtype).unbind()
+        rows = [*others[:rank], slices[rank], *others[rank:]]
+        finish = _swap(self._group, slices, rows, _SCATTER)
 
-        def wait() -> Tensor:
-            rows[self._group.rank()].copy_(own)
+        def wait() -> Rows:
             finish()
-            if sent is not bucket:
-                self._workspace.give_back(sent)
             return rows
 
         return wait
@@ -175,21 +175,21 @@ class PeerExchange:
         _swap(self._small_messages, [gramian] * size, received.unbind(), _SUM)()
         return received.sum(0)
 
-    def gather(self, rows: Tensor, weights: Tensor, bucket: Tensor) -> Callable[[], None]:
-        """Average this rank's slice in place and send it to everyone's bucket `(N,)`."""
-        received = bucket
-        if self._wire_dtype is not None:
-            received = self._workspace.take(1, bucket.numel(), self._wire_dtype)[0]
-        slices = received.tensor_split(self._group.size())
-        own = combine(rows, weights, out=slices[self._group.rank()])
-        self._workspace.give_back(rows)
+    def gather(self, rows: Rows, weights: Tensor, bucket: Tensor) -> Callable[[], None]:
+        """Average this rank's slice where it is and send it to everyone's bucket `(N,)`."""
+        travelling = self._travelling.pop(bucket.data_ptr(), bucket)
+        slices = travelling.tensor_split(self._group.size())
+        rank = self._group.rank()
+        own = combine(rows, weights, out=slices[rank])
+        if len(rows) > 1:
+            self._workspace.give_back(rows[rank - 1])  # another's row, in the memory of all others
         finish = _swap(self._group, [own] * len(slices), slices, _GATHER)
 
         def wait() -> None:
             finish()
-            if received is not bucket:
-                bucket.copy_(received)
-                self._workspace.give_back(received)
+            if travelling is not bucket:
+                bucket.copy_(travelling)
+                self._workspace.give_back(travelling)
 
         return wait
 

@@ -1,105 +1,141 @@
 """The filtering core: the Gram matrix of W gradients and their weighted sum.
 
-Both functions read each row once, in chunks, and hold no second copy of the rows. They know nothing of
-processes; every rank calls them on the slice of the gradients it owns.
+Both functions read each row once, in pieces, and hold no second copy of the rows. They know nothing of
+processes; every rank calls them on the slice of the gradients it owns. Rows are a matrix, or W vectors where they
+lie: a rank's own gradient need not be copied beside the others' to be judged with them.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-# Columns of one product. Float32 dot products drift with their length: over 5 M elements a plain `rows @ rows.T`
-# was off by 2.7e-4; products of 16 Ki columns summed in float64 are off by 2e-7, and faster.
-_COLUMNS = 16_384
+Rows = Tensor | Sequence[Tensor]  # (W, n), or W vectors (n,) of one dtype and device
+
+# Columns of one product. Float32 products drift with their length: over 5 M elements a plain `rows @ rows.T` was
+# off by 2.7e-4; matrix products of 16 Ki columns, or dot products of 256 Ki, summed in float64, by less than 1e-6.
+_COLUMNS, _DOT_COLUMNS = 16_384, 262_144
+_DOT_ROWS = 8  # a CPU takes up to twice the time for matrix products so thin as for their dot products
 # Elements worked on, and converted to float32 or float64, at a time: what a CPU's cache holds, or fills a GPU.
 _ON_CPU, _ON_ACCELERATOR = 2**19, 2**24
 
 
-def gram(rows: Tensor) -> Tensor:
+def gram(rows: Rows) -> Tensor:
     """Return all inner products between the rows.
 
     Args:
-        rows: `(W, n)` floating point, any device; n may be 0.
+        rows: `(W, n)` floating point, any device, or W vectors `(n,)` of one dtype and device; n may be 0.
 
     Returns:
         `(W, W)` on the rows' device, float32 (float64 for float64 rows), accumulated in float32 or better.
         A NaN or inf in row i shows in row and column i and nowhere else.
 
     Raises:
-        ValueError: rows is not a floating point matrix.
+        ValueError: rows is neither.
     """
-    _require_matrix(rows)
-    fused = kernels(rows.device.type)
-    if fused is not None and fused.can_gram(rows):
+    _require_rows(rows)
+    device = rows[0].device.type
+    fused = kernels(device)
+    if fused is not None and isinstance(rows, Tensor) and fused.can_gram(rows):
         products: Tensor = fused.gram(rows)
         return products
+    few = device == "cpu" and len(rows) <= _DOT_ROWS
+    return (_gram_of_few(rows) if few else _gram_of_many(rows)).to(_wide(rows))
+
+
+def _gram_of_few(rows: Rows) -> Tensor:
+    """Return the float64 Gramian by dot products, in pieces that stay in a CPU's cache for all of them."""
     wide = _wide(rows)
-    # Matrix products on an accelerator may silently use TF32, float64 never does.
-    product = torch.float32 if rows.device.type == "cpu" and wide == torch.float32 else torch.float64
-    total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
-    with torch.autocast(rows.device.type, enabled=False):
-        for chunk in _chunks(rows):
-            total += _gram_of_chunk(chunk.to(product))
-    return total.to(wide)
+    total = [[0.0] * len(rows) for _ in rows]
+    for piece in _pieces(rows, _DOT_COLUMNS):
+        vectors = piece if piece[0].dtype == wide else [row.to(wide) for row in piece]
+        for i, a in enumerate(vectors):
+            for j, b in enumerate(vectors[: i + 1]):
+                total[i][j] += torch.dot(a, b).item()
+    lower = torch.tensor(total, dtype=torch.float64)
+    return lower + lower.tril(-1).T
 
 
-def _gram_of_chunk(rows: Tensor) -> Tensor:
-    """Return the float64 Gramian of rows `(W, n)`, as a batch of products over `_COLUMNS` columns and a rest."""
-    if len(rows) == 2 and rows.device.type == "cpu":  # a matrix product so thin takes twice the time
-        return _gram_of_two(*rows)
-    whole = rows.shape[1] // _COLUMNS * _COLUMNS
-    blocks = torch.unflatten(rows[:, :whole], 1, (-1, _COLUMNS)).transpose(
-        0, 1
-    )  # (n / columns, W, columns), a view
-    rest = rows[:, whole:]
-    return torch.bmm(blocks, blocks.mT).double().sum(0) + (rest @ rest.mT).double()
+def _gram_of_many(rows: Rows) -> Tensor:
+    """Return the float64 Gramian by matrix products of `_COLUMNS` columns, and one of the rest."""
+    on_cpu = rows[0].device.type == "cpu"
+    # Float32 products on an accelerator may silently use TF32, those in float64 never do.
+    dtype = _wide(rows) if on_cpu else torch.float64
+    columns = max((_ON_CPU if on_cpu else _ON_ACCELERATOR) // len(rows), 1024)
+    total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows[0].device)
+    for piece in (
+        torch.split(rows, columns, 1) if isinstance(rows, Tensor) else map(torch.stack, _pieces(rows, columns))
+    ):
+        matrix = piece.to(dtype)
+        whole = matrix.shape[1] // _COLUMNS * _COLUMNS
+        blocks = torch.unflatten(matrix[:, :whole], 1, (-1, _COLUMNS)).transpose(
+            0, 1
+        )  # (blocks, W, columns), a view
+        rest = matrix[:, whole:]
+        with torch.autocast(matrix.device.type, enabled=False):
+            total += torch.bmm(blocks, blocks.mT).double().sum(0) + (rest @ rest.mT).double()
+    return total
 
 
-def _gram_of_two(a: Tensor, b: Tensor) -> Tensor:
-    """Return the float64 Gramian `(2, 2)` of two vectors, in pieces that stay in the cache for three products."""
-    aa = ab = bb = 0.0
-    for x, y in zip(torch.split(a, 4 * _COLUMNS), torch.split(b, 4 * _COLUMNS), strict=True):
-        aa, ab, bb = aa + float(torch.dot(x, x)), ab + float(torch.dot(x, y)), bb + float(torch.dot(y, y))
-    return torch.tensor([[aa, ab], [ab, bb]], dtype=torch.float64)
-
-
-def combine(rows: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
+def combine(rows: Rows, weights: Tensor, out: Tensor | None = None) -> Tensor:
     """Return the weighted sum of the rows, `weights @ rows`, leaving out rows of weight 0.
 
     A left-out row is never multiplied, so NaN and inf in it do not reach the result.
 
     Args:
-        rows: `(W, n)` floating point, any device.
+        rows: `(W, n)` floating point, any device, or W vectors `(n,)` of one dtype and device.
         weights: `(W,)` floating point, same device. A NaN weight makes the result NaN.
-        out: `(n,)` tensor to write into, of any floating dtype; may be one of the rows' own memory only for
-            W = 1. Allocated in the rows' dtype if None.
+        out: `(n,)` tensor to write into, of any floating dtype; may be the memory of one of the rows. Allocated
+            in the rows' dtype if None.
 
     Returns:
         `(n,)`, summed in float32 (float64 for float64 rows), then rounded once to out's dtype.
 
     Raises:
-        ValueError: rows is not a floating point matrix, or weights or out do not fit it.
+        ValueError: rows is neither, or weights or out do not fit it.
     """
-    _require_matrix(rows)
-    if weights.shape != rows.shape[:1]:
+    _require_rows(rows)
+    if weights.shape != (len(rows),):
         raise ValueError(f"weights must have shape ({len(rows)},), one per row, found {tuple(weights.shape)}")
     if out is None:
         out = torch.empty_like(rows[0])
-    if out.shape != rows.shape[1:]:
-        raise ValueError(f"out must have shape ({rows.shape[1]},), found {tuple(out.shape)}")
-    fused = kernels(rows.device.type)
-    if fused is not None and fused.can_combine(rows, out):
+    if out.shape != rows[0].shape:
+        raise ValueError(f"out must have shape ({len(rows[0])},), found {tuple(out.shape)}")
+    fused = kernels(out.device.type)
+    if fused is not None and isinstance(rows, Tensor) and fused.can_combine(rows, out):
         combined: Tensor = fused.combine(rows, weights, out)
         return combined
-    wide = _wide(rows)
-    if out.dtype == rows.dtype == wide:
-        return _weighted_sum(rows, weights, out)
-    for chunk, (target,) in zip(_chunks(rows), _chunks(out[None], len(rows)), strict=True):
-        target.copy_(_weighted_sum(chunk.to(wide), weights, torch.empty_like(target, dtype=wide)))
+    return (_combine_on_cpu if out.device.type == "cpu" else _combine_on_accelerator)(rows, weights, out)
+
+
+def _combine_on_cpu(rows: Rows, weights: Tensor, out: Tensor) -> Tensor:
+    """Write the sum into out; the weights are at hand, so rows of weight 0 are not even read."""
+    kept = [(row, weight) for row, weight in zip(rows, weights.tolist(), strict=True) if weight != 0.0]
+    if not kept:
+        return out.zero_()
+    wide, factors = _wide(rows), [weight for _, weight in kept]
+    if len(kept) == 2 and sum(factors) == 1 and out.dtype == rows[0].dtype == wide:  # in one pass
+        return torch.lerp(kept[0][0], kept[1][0], factors[1], out=out)
+    pieces = _pieces([row for row, _ in kept], _DOT_COLUMNS)
+    for (first, *others), target in zip(pieces, torch.split(out, _DOT_COLUMNS), strict=True):
+        total = first.to(wide) * factors[0]
+        for row, factor in zip(others, factors[1:], strict=True):
+            total.add_(row, alpha=factor)
+        target.copy_(total)
+    return out
+
+
+def _combine_on_accelerator(rows: Rows, weights: Tensor, out: Tensor) -> Tensor:
+    """Write the sum into out without waiting for the device: what a weight is, the host does not know."""
+    columns = max(_ON_ACCELERATOR // len(rows), 1024)
+    for piece, target in zip(_pieces(rows, columns), torch.split(out, columns), strict=True):
+        total = torch.zeros_like(target, dtype=_wide(rows))
+        for row, weight in zip(piece, weights.to(total.dtype), strict=True):
+            total.addcmul_(torch.where(weight != 0, row, 0).to(total.dtype), weight)
+        target.copy_(total)
     return out
 
 
@@ -131,40 +167,25 @@ def kernels(device_type: str) -> ModuleType | None:
     return _triton
 
 
-def _weighted_sum(rows: Tensor, weights: Tensor, out: Tensor) -> Tensor:
-    """Write the weighted sum of rows into out, all of one dtype."""
-    if rows.device.type == "cpu":  # the weights are at hand: rows of weight 0 are not even read
-        kept = [(i, w) for i, w in enumerate(weights.tolist()) if w != 0.0]
-        if not kept:
-            return out.zero_()
-        if len(kept) == len(rows) > 3:  # in one pass over out
-            return torch.mv(rows.T, weights.to(rows.dtype), out=out)
-        (first, weight), *rest = kept
-        torch.mul(rows[first], weight, out=out)
-        for i, weight in rest:
-            out.add_(rows[i], alpha=weight)
-        return out
-    torch.mul(_masked(rows[0], weights[0]), weights[0], out=out)
-    for row, weight in zip(rows[1:], weights[1:], strict=True):
-        out.addcmul_(_masked(row, weight), weight.to(out.dtype))
-    return out
+def _pieces(rows: Rows, columns: int) -> Iterator[tuple[Tensor, ...]]:
+    """Cut all rows alike, into vectors of so many columns."""
+    return zip(*(torch.split(row, columns) for row in rows), strict=True)
 
 
-def _masked(row: Tensor, weight: Tensor) -> Tensor:
-    """Return the row, or zeros if its weight is 0, without waiting for the device."""
-    return torch.where(weight != 0, row, 0)
+def _wide(rows: Rows) -> torch.dtype:
+    return torch.float64 if rows[0].dtype == torch.float64 else torch.float32
 
 
-def _chunks(rows: Tensor, count: int | None = None) -> tuple[Tensor, ...]:
-    """Cut the columns of rows as those of a matrix of count rows, by default its own."""
-    elements = _ON_CPU if rows.device.type == "cpu" else _ON_ACCELERATOR
-    return torch.split(rows, max(elements // max(count or len(rows), 1), 1024), dim=1)
-
-
-def _wide(rows: Tensor) -> torch.dtype:
-    return torch.float64 if rows.dtype == torch.float64 else torch.float32
-
-
-def _require_matrix(rows: Tensor) -> None:
-    if rows.dim() != 2 or not rows.dtype.is_floating_point:
-        raise ValueError(f"rows must be a floating point matrix (W, n), found {tuple(rows.shape)} of {rows.dtype}")
+def _require_rows(rows: Rows) -> None:
+    if isinstance(rows, Tensor):
+        if rows.dim() != 2 or not len(rows) or not rows.dtype.is_floating_point:
+            raise ValueError(
+                f"rows must be a floating point matrix (W, n), found {tuple(rows.shape)} of {rows.dtype}"
+            )
+        return
+    kinds = {(tuple(row.shape), row.dtype, row.device) for row in rows}
+    if len(kinds) != 1 or rows[0].dim() != 1 or not rows[0].dtype.is_floating_point:
+        found = ", ".join(f"{shape} of {dtype} on {device}" for shape, dtype, device in sorted(kinds, key=str))
+        raise ValueError(
+            f"rows must be floating point vectors of one length, dtype and device, found {found or 'none'}"
+        )

@@ -89,6 +89,8 @@ def _land(state: GAFState) -> None:
 
 def _total(gramians: list[torch.Tensor]) -> torch.Tensor:
     """Return the sum, in float64 where one of them is."""
+    if len(gramians) == 1:
+        return gramians[0]
     return (
         torch.stack([g.to(gramians[0].device, torch.float64) for g in gramians])
         .sum(0)

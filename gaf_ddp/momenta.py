@@ -11,7 +11,7 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
-from gaf_ddp.gramian import gram
+from gaf_ddp.gramian import Rows, gram
 
 
 class Momenta:
@@ -30,7 +30,7 @@ class Momenta:
         """Return momenta with the same decay and nothing in them."""
         return Momenta(self._decay)
 
-    def measure(self, key: Hashable, rows: Tensor) -> Tensor:
+    def measure(self, key: Hashable, rows: Rows) -> Tensor:
         """Add the rows `(W, n)` of the bucket called key to its momenta.
 
         A bucket that is new, or of another shape than before, begins anew.
@@ -39,18 +39,21 @@ class Momenta:
             `(W + 1, W)`: the Gramian of the momenta and, below it, the largest magnitude in each row, which says
             who has a gradient at all. Both may be added up over slices and buckets.
         """
+        shape, like = (len(rows), len(rows[0])), rows[0]
         momenta = self._momenta.get(key)
-        if momenta is None or momenta.shape != rows.shape or momenta.device != rows.device:
-            momenta = rows.to(torch.promote_types(rows.dtype, torch.float32), copy=True)
+        if momenta is None or momenta.shape != shape or momenta.device != like.device:
+            momenta = torch.zeros(shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
             self._momenta[key] = momenta
         else:
             forgotten = self._forgotten.pop(key, None)
             if forgotten is not None and (momenta.device.type != "cpu" or bool(forgotten.any())):
                 momenta.masked_fill_(forgotten[:, None], 0)
-            momenta.mul_(self._decay).add_(rows)
+        momenta.mul_(self._decay)
+        # A matrix in few launches, however many ranks; vectors one by one, where they lie.
+        for momentum, row in [(momenta, rows)] if isinstance(rows, Tensor) else zip(momenta, rows, strict=True):
+            momentum.add_(row)
         self._used.add(key)
-        size = torch.linalg.vector_norm(rows, torch.inf, 1) if rows.shape[1] else rows.new_zeros(len(rows))
-        return torch.cat([gram(momenta), size[None].to(momenta.dtype)])
+        return torch.cat([gram(momenta), _largest(rows).to(momenta.dtype)[None]])
 
     def forget(self, key: Hashable, ranks: Tensor) -> None:
         """Let the momenta of some ranks, bool `(W,)`, begin anew at the next step: one NaN would stay for ever."""
@@ -67,3 +70,13 @@ def judged(measured: Tensor) -> Tensor:
     gramian, size = measured[:-1], measured[-1]
     here = size != 0  # NaN is something
     return torch.where(here[:, None] & here[None, :], gramian, 0)
+
+
+def _largest(rows: Rows) -> Tensor:
+    """Return the largest magnitude of each row `(W,)`, 0 for rows without elements."""
+    if not len(rows[0]):
+        return rows[0].new_zeros(len(rows))
+    if isinstance(rows, Tensor):
+        largest: Tensor = torch.linalg.vector_norm(rows, torch.inf, 1)
+        return largest
+    return torch.stack([torch.linalg.vector_norm(row, torch.inf) for row in rows])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gaf_ddp.agreement import Agreement, AgreementMeter
 from gaf_ddp.exchange import Exchange, Exchanges
+from gaf_ddp.gramian import Rows
 from gaf_ddp.momenta import Momenta
 from gaf_ddp.overlap import Lane, Promise, open_lane
 from gaf_ddp.weighting import Mean, NeighborhoodAgreement, require_tau
@@ -29,7 +30,7 @@ class Share:
     is_last: bool
     promise: Promise
     exchange: Exchange
-    arrive: Callable[[], Tensor]  # waits for the rows (W, n)
+    arrive: Callable[[], Rows]  # waits for the rows (W, n)
 
     @property
     def key(self) -> tuple[int, ...]:
@@ -139,7 +140,7 @@ class GAFState:
 
         self._parent: dist.ProcessGroup | None = None
         self._lanes: dict[torch.device, tuple[Lane, Exchanges]] = {}
-        self._waiting: list[tuple[Share, Tensor, Tensor]] = []
+        self._waiting: list[tuple[Share, Rows, Tensor]] = []
         self._decided: list[Decision] = []
         self._sent: list[tuple[Share, Callable[[], None]]] = []
 
@@ -218,7 +219,7 @@ class GAFState:
             return self.weighting
         return NeighborhoodAgreement(self.tau(self.step) if callable(self.tau) else self.tau)
 
-    def wait(self, share: Share, rows: Tensor, gramian: Tensor) -> list[tuple[Share, Tensor, Tensor]]:
+    def wait(self, share: Share, rows: Rows, gramian: Tensor) -> list[tuple[Share, Rows, Tensor]]:
         """Add a bucket to those without a decision; return them all if it is time for one, else none."""
         if share.is_first:  # a backward that broke off may have left some behind
             self._waiting, self._decided = [], []
@@ -239,7 +240,6 @@ class GAFState:
 
     def record(self, agreement: Agreement, shares: list[Share]) -> None:
         """Keep a decision; the last bucket's ends the step."""
-        self.meter.record(agreement)
         self._decided.append(Decision(agreement, [p for share in shares for p in share.parameters]))
         if self.momenta is not None:
             for share in shares:
@@ -248,6 +248,7 @@ class GAFState:
             if self.momenta is not None:
                 self.momenta.finish()
             self.decisions, self._decided = self._decided, []
+            self.meter.record(*(decision.agreement for decision in self.decisions))
             self.step += 1
 
 

@@ -24,15 +24,14 @@ class Workspace:
             else:  # the largest free memory is too small: replace it
                 del self._free[-1:]
                 memory = torch.empty(size, dtype=torch.uint8)
-            matrix = memory[:size].view(dtype).view(rows, columns)
             if size:
-                self._lent[matrix.data_ptr()] = memory
-        return matrix
+                self._lent[memory.untyped_storage().data_ptr()] = memory
+        return memory[:size].view(dtype).view(rows, columns)
 
-    def give_back(self, matrix: Tensor) -> None:
-        """Let what `take` returned be used again."""
+    def give_back(self, part: Tensor) -> None:
+        """Let what `take` returned, all of it, be used again; any part of it will do."""
         with self._lock:
-            memory = self._lent.pop(matrix.data_ptr(), None)
+            memory = self._lent.pop(part.untyped_storage().data_ptr(), None)
             if memory is not None:
                 self._free.append(memory)
                 self._free.sort(key=Tensor.numel)
