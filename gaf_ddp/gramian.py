@@ -18,7 +18,7 @@ Rows = Tensor | Sequence[Tensor]  # (W, n), or W vectors (n,) of one dtype and d
 # Columns of one product. Float32 products drift with their length: over 5 M elements a plain `rows @ rows.T` was
 # off by 2.7e-4; matrix products of 16 Ki columns, or dot products of 256 Ki, summed in float64, by less than 1e-6.
 _COLUMNS, _DOT_COLUMNS = 16_384, 262_144
-_DOT_ROWS = 8  # a CPU takes up to twice the time for matrix products so thin as for their dot products
+_DOT_ROWS = 8  # a CPU takes up to twice the time for matrix products so thin as for dot products
 # Elements worked on, and converted to float32 or float64, at a time: what a CPU's cache holds, or fills a GPU.
 _ON_CPU, _ON_ACCELERATOR = 2**19, 2**24
 
@@ -66,16 +66,13 @@ def _gram_of_many(rows: Rows) -> Tensor:
     dtype = _wide(rows) if on_cpu else torch.float64
     columns = max((_ON_CPU if on_cpu else _ON_ACCELERATOR) // len(rows), 1024)
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows[0].device)
-    for piece in (
-        torch.split(rows, columns, 1) if isinstance(rows, Tensor) else map(torch.stack, _pieces(rows, columns))
-    ):
-        matrix = piece.to(dtype)
-        whole = matrix.shape[1] // _COLUMNS * _COLUMNS
-        blocks = torch.unflatten(matrix[:, :whole], 1, (-1, _COLUMNS)).transpose(
-            0, 1
-        )  # (blocks, W, columns), a view
-        rest = matrix[:, whole:]
-        with torch.autocast(matrix.device.type, enabled=False):
+    for piece in _matrices(rows, columns):
+        part = piece.to(dtype)
+        whole = part.shape[1] // _COLUMNS * _COLUMNS
+        # (blocks, W, columns), a view
+        blocks = torch.unflatten(part[:, :whole], 1, (-1, _COLUMNS)).transpose(0, 1)
+        rest = part[:, whole:]
+        with torch.autocast(part.device.type, enabled=False):
             total += torch.bmm(blocks, blocks.mT).double().sum(0) + (rest @ rest.mT).double()
     return total
 
@@ -116,15 +113,18 @@ def _combine_on_cpu(rows: Rows, weights: Tensor, out: Tensor) -> Tensor:
     kept = [(row, weight) for row, weight in zip(rows, weights.tolist(), strict=True) if weight != 0.0]
     if not kept:
         return out.zero_()
+    kept.sort(key=lambda pair: pair[0].data_ptr() != out.data_ptr())  # a row that out overwrites is read first
     wide, factors = _wide(rows), [weight for _, weight in kept]
-    if len(kept) == 2 and sum(factors) == 1 and out.dtype == rows[0].dtype == wide:  # in one pass
+    in_out = out.dtype == rows[0].dtype == wide
+    if in_out and len(kept) == 2 and sum(factors) == 1:  # in one pass
         return torch.lerp(kept[0][0], kept[1][0], factors[1], out=out)
     pieces = _pieces([row for row, _ in kept], _DOT_COLUMNS)
     for (first, *others), target in zip(pieces, torch.split(out, _DOT_COLUMNS), strict=True):
-        total = first.to(wide) * factors[0]
+        total = torch.mul(first, factors[0], out=target) if in_out else first.to(wide) * factors[0]
         for row, factor in zip(others, factors[1:], strict=True):
             total.add_(row, alpha=factor)
-        target.copy_(total)
+        if not in_out:
+            target.copy_(total)
     return out
 
 
@@ -170,6 +170,15 @@ def kernels(device_type: str) -> ModuleType | None:
 def _pieces(rows: Rows, columns: int) -> Iterator[tuple[Tensor, ...]]:
     """Cut all rows alike, into vectors of so many columns."""
     return zip(*(torch.split(row, columns) for row in rows), strict=True)
+
+
+def _matrices(rows: Rows, columns: int) -> Iterator[Tensor]:
+    """Cut all rows alike, into matrices of so many columns."""
+    return (
+        iter(torch.split(rows, columns, 1))
+        if isinstance(rows, Tensor)
+        else map(torch.stack, _pieces(rows, columns))
+    )
 
 
 def _wide(rows: Rows) -> torch.dtype:

@@ -12,7 +12,7 @@ from tests.gradients import random_gradients
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-LENGTHS = [0, 1, 2, 15, 1000, 16_384, 16_385, 65_537, 300_001]  # about and beyond the chunks the package works in
+LENGTHS = [0, 1, 2, 15, 1000, 16_384, 16_385, 262_145, 300_001]  # about and beyond the chunks the package works in
 
 # The largest errors seen up to a million elements: gram 2.2e-6 of |row i||row j|
 # (2.4e-14 for float64), combine 2.0e-7 of the weighted sum of the rows' magnitudes, before it is rounded once.
@@ -126,12 +126,40 @@ def test_rows_may_be_views() -> None:
     assert torch.equal(combine(rows, torch.ones(3)), combine(rows.clone(), torch.ones(3)))
 
 
-def test_autocast_changes_nothing() -> None:
-    rows = random_gradients(3, 1000)
+@every_device
+@every_dtype
+@every_length
+def test_rows_may_be_vectors_where_they_lie(length: int, dtype: torch.dtype, device: str) -> None:
+    for world_size in (1, 2, 3, 9):
+        rows = some_rows(world_size, length, dtype, device)
+        apart = [row.clone() for row in rows]
+        weights = torch.linspace(0, 1, world_size, device=device)
+        lengths = rows.double().norm(dim=1)
+        assert ((gram(apart) - gram(rows)).abs() <= 1e-5 * lengths[:, None] * lengths[None, :]).all()
+        torch.testing.assert_close(combine(apart, weights), combine(rows, weights))
+
+
+@every_device
+@every_dtype
+def test_combine_may_write_over_one_of_the_rows(dtype: torch.dtype, device: str) -> None:
+    weightings = [[0.2, 0.3, 0.5, 0.4], [0.5, 0.0, 0.5, 0.0], [0.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
+    for length in (5, 300_001):
+        for weights in weightings:
+            for rank in range(4):
+                rows = list(some_rows(4, length, dtype, device))
+                expected = combine(rows, torch.tensor(weights, device=device))
+                found = combine(rows, torch.tensor(weights, device=device), out=rows[rank])
+                assert found is rows[rank]
+                torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("world_size", [3, 9])
+def test_autocast_changes_nothing(world_size: int) -> None:
+    rows = random_gradients(world_size, 1000)
     plain = gram(rows)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(gram(rows), plain)
-        assert combine(rows, torch.ones(3)).dtype == torch.float32
+        assert combine(rows, torch.ones(world_size)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
@@ -148,12 +176,32 @@ def test_filter_gradients_equals_the_oracle(world_size: int) -> None:
     oracle.assert_close(found, oracle.filtered(list(rows), oracle.neighborhood(0.8), None).gradient)
 
 
-@pytest.mark.parametrize("rows", [torch.ones(3), torch.ones(2, 3, dtype=torch.int64), torch.ones(1, 2, 3)])
+@pytest.mark.parametrize(
+    "rows", [torch.ones(3), torch.ones(2, 3, dtype=torch.int64), torch.ones(1, 2, 3), torch.ones(0, 3)]
+)
 def test_refuses_what_is_no_matrix(rows: Tensor) -> None:
     for call in (gram, lambda rows: combine(rows, torch.ones(2))):
         with pytest.raises(ValueError, match=r"rows must be a floating point matrix \(W, n\), found") as error:
             call(rows)
         assert f"{tuple(rows.shape)} of {rows.dtype}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [torch.ones(3), torch.ones(4)],
+        [torch.ones(3), torch.ones(3, dtype=torch.float64)],
+        [torch.ones(3, dtype=torch.int64)] * 2,
+        [torch.ones(1, 3)] * 2,
+    ],
+)
+def test_refuses_vectors_that_do_not_go_together(rows: list[Tensor]) -> None:
+    for call in (gram, lambda rows: combine(rows, torch.ones(2))):
+        message = "rows must be floating point vectors of one length, dtype and device, found "
+        with pytest.raises(ValueError, match=message) as error:
+            call(rows)
+        assert str(error.value).endswith("none") if not rows else str(tuple(rows[0].shape)) in str(error.value)
 
 
 def test_refuses_weights_and_out_that_do_not_fit() -> None:
