@@ -1,5 +1,6 @@
 """What every benchmark here shares: ranks, a hardware banner, interleaved timing, tables and JSON."""
 
+import ctypes
 import json
 import os
 import platform
@@ -74,7 +75,7 @@ def mean_over_ranks(timings: Timings, device: torch.device, group: dist.ProcessG
 def peak_memory(run: Callable[[], object], device: torch.device) -> float:
     """Return by how many bytes memory in use grew at most during the call: the device's, or a CPU's resident one.
 
-    Memory that earlier calls keep for reuse does not count on a CPU: measure the first call.
+    Memory that the caller keeps for reuse does not count on a CPU: measure its first call.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -82,6 +83,11 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> float:
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return float(torch.cuda.max_memory_allocated(device) - before)
+    give_back_freed = getattr(
+        ctypes.CDLL(None), "malloc_trim", None
+    )  # glibc: freed memory that is used again counts
+    if give_back_freed is not None:
+        give_back_freed(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark (Linux)
     before = _resident("VmRSS")
     run()

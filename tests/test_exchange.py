@@ -108,6 +108,24 @@ def test_half_precision_is_summed_in_float32(ranks: Ranks) -> None:
             assert bucket.tolist() == [65.0] * 8  # 64.75, rounded once
 
 
+def where_rows_lie(device: torch.device, wire: torch.dtype | None) -> tuple[bool, bool]:
+    """Return whether this rank's row lies in its bucket, and whether the others' memory is used again."""
+    exchange, bucket = PeerExchange(dist.group.WORLD, wire), torch.ones(3001)
+    received = []
+    for _ in range(2):
+        rows = exchange.scatter(bucket)()
+        own, other = rows[dist.get_rank()], rows[dist.get_rank() - 1]
+        in_bucket = own.untyped_storage().data_ptr() == bucket.untyped_storage().data_ptr()
+        received.append(other.data_ptr())
+        exchange.gather(rows, torch.tensor([0.5, 0.25, 0.25]), bucket)()
+    return in_bucket, received[0] == received[1]
+
+
+def test_a_peers_own_row_is_not_copied_and_memory_is_used_again(gloo_ranks: Ranks) -> None:
+    assert gloo_ranks(3, where_rows_lie, None) == [(True, True)] * 3
+    assert gloo_ranks(3, where_rows_lie, torch.bfloat16) == [(False, True)] * 3
+
+
 def choose(device: torch.device) -> dict[str, str]:
     group = dist.group.WORLD
     assert group is not None

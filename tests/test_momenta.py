@@ -1,10 +1,13 @@
 """Momenta against sums of explicit vectors in float64."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from gaf_ddp import gram
+from gaf_ddp.gramian import Rows
 from gaf_ddp.momenta import Momenta, judged
 from tests.gradients import random_gradients
 
@@ -23,11 +26,14 @@ def some_steps(world_size: int, size: int = 900, count: int = 5) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_the_gramian_is_that_of_the_momenta(world_size: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("form", [torch.Tensor.contiguous, torch.Tensor.unbind], ids=["matrix", "vectors"])
+def test_the_gramian_is_that_of_the_momenta(
+    form: Callable[[Tensor], Rows], world_size: int, dtype: torch.dtype
+) -> None:
     steps = some_steps(world_size).to(dtype)
     momenta = Momenta(0.9)
     for rows in steps:
-        measured = judged(momenta.measure("bucket", rows))
+        measured = judged(momenta.measure("bucket", form(rows)))
     expected = by_hand(steps, 0.9)
     assert measured.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(measured.double(), expected @ expected.T, rtol=1e-5, atol=1e-4)
