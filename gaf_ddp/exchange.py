@@ -221,7 +221,7 @@ MOST_SWAPPING = 16  # ranks whose Gramians are swapped whole, in one hop, and no
 
 
 # Up to this many bytes in all, latency is a bucket's time on an accelerator (not measured yet). On the CPU
-# gathering never won at W = 4, nor from 16 KB at W = 2: benchmarks/results/collectives_gloo_w2.json and _w4.json.
+# gathering never won at W = 4, nor from 256 KB at W = 2: benchmarks/results/collectives_gloo_w2.json and _w4.json.
 _LATENCY_BYTES = 65_536
 
 
