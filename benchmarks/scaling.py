@@ -3,7 +3,7 @@
     torchrun --standalone --nproc-per-node 8 -m benchmarks.scaling --json out.json --plot out.png
 
 A message of s bytes takes `alpha + beta s`. A ring all-reduce of S bytes is 2 (W − 1) messages of S/W. The sharded
-filter is W − 1 messages of S/W out and as many back, a ring all-reduce of the Gramian's 4 W² bytes, one pass of
+filter is W − 1 messages of S/W out and as many back, a ring all-reduce of the Gramian's floats, one pass of
 gram and one of combine over S bytes, and the decision. The gather filter is W − 1 messages of S, a broadcast of
 the Gramian, passes over W S bytes and an all-reduce. Constants come from two ranks (alpha, beta) and from one
 (passes, decision); subgroups of 2, 4, … ranks are then measured beside the model. Where ranks share cores, as on
@@ -26,6 +26,7 @@ from benchmarks.measure import banner, hardware, interleaved, say, start_ranks, 
 from gaf_ddp import NeighborhoodAgreement, combine, gram
 from gaf_ddp.agreement import decide
 from gaf_ddp.exchange import Exchanges
+from gaf_ddp.triangle import MOST_WHOLE
 
 WORLD_SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -58,7 +59,7 @@ def all_reduce(world: int, size: float, c: Constants) -> Cost:
 
 def sharded(world: int, size: float, c: Constants) -> Cost:
     """Return the cost of the sharded filter."""
-    gramian = all_reduce(world, 4 * world**2, c)
+    gramian = all_reduce(world, 4 * (world**2 if world <= MOST_WHOLE else world * (world + 1) // 2), c)
     travel = 2 * (world - 1) * c.alpha + 2 * (world - 1) / world * size * c.beta
     seconds = travel + gramian.seconds + size * (c.gram + c.combine) + c.decision[world]
     return Cost(seconds, 2 * (world - 1) / world * size + gramian.bytes_sent, size + 8 * world**2)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gaf_ddp import triangle
 from gaf_ddp.gramian import Rows, combine
 from gaf_ddp.workspace import Workspace
 
@@ -80,8 +81,8 @@ class ShardedExchange:
     """The bytes of an all-reduce: all-to-all of 1/W slices, a Gramian all-reduce, all-gather of the result.
 
     Rank r judges elements `[r n, (r + 1) n)` of every bucket, `n = ceil(N / W)`, computes their final bits and
-    everyone copies them. Sends `2 (W − 1)/W N` elements and W² floats per rank, holds about N. A bucket that W
-    does not divide travels in a padded copy.
+    everyone copies them. Sends `2 (W − 1)/W N` elements and at most W² floats per rank, holds about N. A bucket
+    that W does not divide travels in a padded copy.
     """
 
     def __init__(self, group: dist.ProcessGroup, wire_dtype: torch.dtype | None = None) -> None:
@@ -102,8 +103,7 @@ class ShardedExchange:
 
     def sum(self, gramian: Tensor) -> Tensor:
         """All-reduce the slices' Gramians `(W, W)`."""
-        dist.all_reduce(gramian, group=self._group)
-        return gramian
+        return triangle.all_reduce(gramian, self._group)
 
     def gather(self, rows: Rows, weights: Tensor, bucket: Tensor) -> Callable[[], None]:
         """Average this rank's slice and all-gather everyone's into bucket `(N,)`."""
@@ -168,8 +168,7 @@ class PeerExchange:
         """Add up the slices' Gramians `(W, W)`: swapped whole while that is little, one hop, else all-reduced."""
         size = self._group.size()
         if size > MOST_SWAPPING:
-            dist.all_reduce(gramian, group=self._group)
-            return gramian
+            return triangle.all_reduce(gramian, self._group)
         received = gramian.new_empty(size, *gramian.shape)
         received[self._group.rank()] = gramian
         _swap(self._small_messages, [gramian] * size, received.unbind(), _SUM)()

@@ -28,9 +28,9 @@ def gaf_hook(
 
         model.register_comm_hook(GAFState(tau=0.97), gaf_hook)
 
-    With the sharded exchange it sends `2 (W − 1)/W N` elements and `W²` floats per rank, an all-reduce's bytes.
-    On CPU groups a thread works beside backward; on accelerators everything is enqueued on a side stream and
-    the host waits for nothing.
+    With the sharded exchange it sends an all-reduce's bytes: per rank `2 (W − 1)/W N` elements, and at most `W²`
+    floats. On CPU groups a thread works beside backward; on accelerators everything is enqueued on a side stream
+    and the host waits for nothing.
 
     Args:
         state: settings and statistics; one state per DDP model.

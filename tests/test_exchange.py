@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gaf_ddp import NeighborhoodAgreement, SequentialAgreement, Weighting, gram
+from gaf_ddp import NeighborhoodAgreement, SequentialAgreement, Weighting, gram, triangle
+from gaf_ddp import exchange as exchange_module
 from gaf_ddp.agreement import decide
 from gaf_ddp.exchange import Exchanges, GatherExchange, PeerExchange, ShardedExchange
 from tests import oracle
@@ -106,6 +107,31 @@ def test_half_precision_is_summed_in_float32(ranks: Ranks) -> None:
     for outcome in ranks(4, exchange_all, [Case(gradients, NeighborhoodAgreement(2.0))]):
         for [(bucket, _)] in outcome.values():
             assert bucket.tolist() == [65.0] * 8  # 64.75, rounded once
+
+
+def summed(device: torch.device, kind: type, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """Return sums of Gramians that travel whole, and as triangles; one is a momenta's, with a row more."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    rows = random_gradients(size, 50, seed=rank).to(device, dtype)
+    spoilt = rows.clone()
+    spoilt[0] = torch.nan
+    gramians = [rows @ rows.T, torch.cat([rows @ rows.T, rows[:, :1].T]), spoilt @ spoilt.T]
+    found = []
+    for most in (64, 1):
+        exchange_module.MOST_SWAPPING = triangle.MOST_WHOLE = most
+        exchange = kind(dist.group.WORLD)
+        found.append([exchange.sum(gramian.clone()).cpu() for gramian in gramians])
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("kind", [ShardedExchange, PeerExchange])
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_a_triangle_says_as_much_as_the_whole(gloo_ranks: Ranks, world_size: int, kind: type) -> None:
+    for dtype in (torch.float32, torch.float64):
+        for whole, packed in gloo_ranks(world_size, summed, kind, dtype):
+            for expected, found in zip(whole, packed, strict=True):
+                assert found.dtype == dtype
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4, equal_nan=True)
 
 
 def where_rows_lie(device: torch.device, wire: torch.dtype | None) -> tuple[bool, bool]:
