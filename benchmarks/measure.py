@@ -83,9 +83,8 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> float:
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return float(torch.cuda.max_memory_allocated(device) - before)
-    give_back_freed = getattr(
-        ctypes.CDLL(None), "malloc_trim", None
-    )  # glibc: freed memory that is used again counts
+    # Freed memory that is used again shall count: glibc gives it back to the system first.
+    give_back_freed = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if give_back_freed is not None:
         give_back_freed(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark (Linux)
