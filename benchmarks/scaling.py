@@ -26,7 +26,7 @@ from benchmarks.measure import banner, hardware, interleaved, say, start_ranks, 
 from gaf_ddp import NeighborhoodAgreement, combine, gram
 from gaf_ddp.agreement import decide
 from gaf_ddp.exchange import Exchanges
-from gaf_ddp.triangle import MOST_WHOLE
+from gaf_ddp.triangle import numbers
 
 WORLD_SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -59,7 +59,7 @@ def all_reduce(world: int, size: float, c: Constants) -> Cost:
 
 def sharded(world: int, size: float, c: Constants) -> Cost:
     """Return the cost of the sharded filter."""
-    gramian = all_reduce(world, 4 * (world**2 if world <= MOST_WHOLE else world * (world + 1) // 2), c)
+    gramian = all_reduce(world, 4 * numbers(world), c)
     travel = 2 * (world - 1) * c.alpha + 2 * (world - 1) / world * size * c.beta
     seconds = travel + gramian.seconds + size * (c.gram + c.combine) + c.decision[world]
     return Cost(seconds, 2 * (world - 1) / world * size + gramian.bytes_sent, size + 8 * world**2)

@@ -9,6 +9,11 @@ from torch import Tensor
 MOST_WHOLE = 64  # ranks; up to these W² floats are no bytes to speak of, and launches cost more
 
 
+def numbers(size: int) -> int:
+    """Return how many numbers of a Gramian of so many ranks are all-reduced."""
+    return size**2 if size <= MOST_WHOLE else size * (size + 1) // 2
+
+
 def all_reduce(gramian: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Add up every rank's Gramian.
 
