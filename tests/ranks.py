@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import threading
 import time
 import traceback
 import uuid
@@ -21,6 +22,10 @@ import torch.distributed as dist
 _processes = multiprocessing.get_context("forkserver")
 _TORCH = ["torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "numpy", "pytest", "gaf_ddp"]
 _processes.set_forkserver_preload([*_TORCH, "launch.train", "sklearn.datasets", "matplotlib.figure"])
+
+# Starting a process also collects the exit codes of others that ended: a code that two threads read at once is 255
+# for the slower one (multiprocessing/popen_forkserver.py, `poll`).
+_exit_codes = threading.Lock()
 
 _GRACE = 10.0  # seconds the other ranks may go on once one has failed: they may only be waiting for it
 
@@ -84,24 +89,30 @@ class _Rank:
         self.value: Any = None
         self.pipe, theirs = _processes.Pipe(duplex=False)
         self._process = _processes.Process(target=_main, args=(theirs, rank, world_size, *rest), daemon=True)
-        self._process.start()
+        with _exit_codes:
+            self._process.start()
         theirs.close()
 
     def receive(self) -> None:
         try:
             self.failure, self.value = pickle.loads(self.pipe.recv_bytes())
         except EOFError:
-            self._process.join(5)
-            self.failure = f"died with exit code {self._process.exitcode}"
+            self.failure = f"died with exit code {self._exit_code(5)}"
 
     def stop(self) -> None:
-        self._process.join(5 if self.failure is None else 0)
-        if self._process.exitcode != 0 and self.failure is None:
-            self.failure = f"returned, but its exit code 5 s later was {self._process.exitcode}"
-        if self._process.is_alive():
+        code = self._exit_code(5 if self.failure is None else 0)
+        if code != 0 and self.failure is None:
+            self.failure = f"returned, but its exit code 5 s later was {code}"
+        if code is None:
             self._process.kill()
-            self._process.join()
+            connection.wait([self._process.sentinel])
         self.pipe.close()
+
+    def _exit_code(self, seconds: float) -> int | None:
+        """Return the process's exit code, or None if it still runs so many seconds later."""
+        connection.wait([self._process.sentinel], seconds)
+        with _exit_codes:
+            return self._process.exitcode
 
 
 def _main(

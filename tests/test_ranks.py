@@ -1,10 +1,15 @@
 """The helper that starts ranks fails when it should: other tests rely on it."""
 
 import os
+import pickle
 import threading
+import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import connection, forkserver
 from multiprocessing.util import Finalize
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.ranks import RankError
+from tests.ranks import RankError, _Rank
 
 Ranks = Callable[..., list[Any]]
 
@@ -73,3 +78,31 @@ def warn(device: torch.device) -> None:
 def test_a_warning_fails(gloo_ranks: Ranks) -> None:
     with pytest.raises(RankError, match="UserWarning: careful"):
         gloo_ranks(1, warn)
+
+
+def test_an_exit_code_survives_another_thread_that_starts_a_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Starting a process collects the exit codes of those that ended, and each can be read only once."""
+    reads = threading.Event()
+
+    def read_slowly(source: int) -> int:
+        reads.set()
+        time.sleep(0.5)
+        return int(read(source))
+
+    def start(store: str) -> _Rank:
+        return _Rank(0, 1, tmp_path / store, "gloo", 60.0, pickle.dumps((double, (torch.ones(1),))))
+
+    ended = start("first")
+    ended.receive()
+    connection.wait([ended._process.sentinel])
+    read = forkserver.read_signed  # type: ignore[attr-defined]
+    monkeypatch.setattr(forkserver, "read_signed", read_slowly)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(start, "second")
+        assert reads.wait(5)
+        ended.stop()
+    other.result().receive()
+    other.result().stop()
+    assert (ended.failure, other.result().failure) == (None, None)
