@@ -22,8 +22,8 @@ from torch import Tensor
 
 from benchmarks.measure import banner, hardware, interleaved, peak_memory, ratio, say, start_ranks, write_json
 from gaf_ddp import NeighborhoodAgreement, gram
-from gaf_ddp.agreement import decide
 from gaf_ddp.exchange import Exchange, Exchanges
+from gaf_ddp.verdict import Verdict
 
 Operation = tuple[Callable[[], object], Callable[[], int], float]  # run, count wrong elements, busbw factor
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -43,7 +43,7 @@ def filter_bucket(exchange: Exchange, bucket: Tensor) -> None:
     """Do what the hook does for one bucket."""
     rows = exchange.scatter(bucket)()
     gramian = exchange.sum(gram(rows))
-    exchange.gather(rows, decide(gramian, NeighborhoodAgreement(2.0), 10.0).weights, bucket)()
+    exchange.gather(rows, Verdict(gramian, NeighborhoodAgreement(2.0), 10.0), bucket)()
 
 
 def operations(count: int, dtype: torch.dtype, device: torch.device) -> dict[str, Operation]:

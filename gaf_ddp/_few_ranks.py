@@ -1,21 +1,27 @@
-"""The default decision in plain numbers: for few ranks on the CPU, a hundred small tensor operations cost more."""
+"""Decisions in plain numbers: for few ranks on the CPU, a hundred small tensor operations cost more."""
 
 import math
+from collections.abc import Callable
 from statistics import median_low
 
 import torch
 from torch import Tensor
 
+from gaf_ddp.weighting import NeighborhoodAgreement, SequentialAgreement
+
 MOST = 16  # ranks; the time grows with their square
 
 
-def can_decide(gramian: Tensor) -> bool:
+def can_decide(gramian: Tensor, weighting: Callable[[Tensor], Tensor]) -> bool:
     """Return whether this is the faster way."""
-    return gramian.device.type == "cpu" and len(gramian) <= MOST
+    known = type(weighting) in (NeighborhoodAgreement, SequentialAgreement)  # a subclass may decide otherwise
+    return known and gramian.device.type == "cpu" and len(gramian) <= MOST
 
 
-def neighborhood(gramian: Tensor, tau: float, max_norm_ratio: float | None) -> tuple[Tensor, ...]:
-    """Judge a Gramian `(W, W)` by NeighborhoodAgreement(tau) behind the voter's guards.
+def decide(
+    gramian: Tensor, weighting: NeighborhoodAgreement | SequentialAgreement, max_norm_ratio: float | None
+) -> tuple[Tensor, ...]:
+    """Judge a Gramian `(W, W)` by the weighting behind the voter's guards.
 
     Returns the fields of `Agreement` after the Gramian, in their order.
     """
@@ -29,34 +35,56 @@ def neighborhood(gramian: Tensor, tau: float, max_norm_ratio: float | None) -> t
     cosine = [[0.0 for _ in ranks] for _ in ranks]
     for i in voters:
         for j in voters:
-            length = math.sqrt(square[i] * square[j])
-            cosine[i][j] = _clamp(inner[i][j] / length) if length > 0 else 0.0
-    kept = _largest_neighborhood(cosine, voters, tau)
+            cosine[i][j] = _cosine(inner[i][j], square[i] * square[j])
+    if isinstance(weighting, NeighborhoodAgreement):
+        counts = _largest_neighborhood(cosine, voters, weighting.tau)
+    else:
+        counts = _sequence(inner, voters, weighting.tau, 0.5 if weighting.running == "half" else 1.0)
+    if len(counts) < 2 <= len(voters):  # no agreement
+        counts = {}
     poisoned = any(nonfinite) and not voters
-    share = math.nan if poisoned else 1 / max(len(kept), 1)
-    each = torch.tensor([[i in kept, i in voters, nonfinite[i], i in norm and i not in voters] for i in ranks])
+    total = sum(counts.values())
+    shares = [math.nan if poisoned else counts[i] / total if i in counts else 0.0 for i in ranks]
+    each = torch.tensor([[i in counts, i in voters, nonfinite[i], i in norm and i not in voters] for i in ranks])
     is_kept, is_voter, is_nonfinite, is_overlong = each.view(-1, 4).T.contiguous()
     return (
         torch.tensor(cosine, dtype=torch.float64).view(len(inner), len(inner)),
-        torch.tensor([share if poisoned or i in kept else 0.0 for i in ranks], dtype=gramian.dtype),
+        torch.tensor(shares, dtype=gramian.dtype),
         is_kept,
-        torch.tensor(bool(kept) or not (voters or poisoned)),
+        torch.tensor(bool(counts) or not (voters or poisoned)),
         is_voter,
         is_nonfinite,
         is_overlong,
     )
 
 
-def _largest_neighborhood(cosine: list[list[float]], voters: list[int], tau: float) -> list[int]:
-    """Return the centre's neighbours, itself included; none where two or more voters left fewer than two."""
+def _largest_neighborhood(cosine: list[list[float]], voters: list[int], tau: float) -> dict[int, float]:
+    """Return what the centre's neighbours, itself included, count."""
     if not voters:
-        return []
+        return {}
     near = {i: [j for j in voters if j == i or 1 - cosine[i][j] <= tau] for i in voters}
     spread = {i: math.fsum(1 - cosine[i][j] for j in near[i]) for i in voters}
     centre = min(voters, key=lambda i: (-len(near[i]), spread[i], i))
-    return near[centre] if len(near[centre]) > 1 or len(voters) == 1 else []
+    return dict.fromkeys(near[centre], 1.0)
 
 
-def _clamp(cosine: float) -> float:
-    """Return cosine within [-1, 1]; NaN stays."""
+def _sequence(inner: list[list[float]], voters: list[int], tau: float, factor: float) -> dict[int, float]:
+    """Return what the kept count in their running combination, which factor shrinks with each after the first."""
+    counts: dict[int, float] = {}
+    square, against = 0.0, dict.fromkeys(voters, 0.0)  # of the combination, and its products with every gradient
+    for i in voters:
+        if counts and not 1 - _cosine(against[i], inner[i][i] * square) <= tau:  # NaN is not near
+            continue
+        scale = factor if counts else 1.0
+        square = scale * scale * (square + 2 * against[i] + inner[i][i])
+        against = {j: scale * (against[j] + inner[i][j]) for j in voters}
+        counts = {j: scale * count for j, count in counts.items()} | {i: scale}
+    return counts
+
+
+def _cosine(product: float, squares: float) -> float:
+    """Return product / sqrt(squares) within [-1, 1]; 0 where there is no length, NaN where product is."""
+    if not squares > 0:
+        return 0.0
+    cosine = product / math.sqrt(squares)
     return 1.0 if cosine > 1 else -1.0 if cosine < -1 else cosine

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gaf_ddp import _few_ranks
 from gaf_ddp.gramian import kernels
-from gaf_ddp.weighting import NeighborhoodAgreement, Weighting, cosine, present
+from gaf_ddp.weighting import Weighting, cosine, present
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,9 @@ def decide(gramian: Tensor, weighting: Callable[[Tensor], Tensor], max_norm_rati
     Raises:
         ValueError: the weighting returned something that is not `(W,)` weights.
     """
-    if type(weighting) is NeighborhoodAgreement:  # the default has a faster way to the same record
-        for fast in (kernels(gramian.device.type), _few_ranks):
-            if fast is not None and fast.can_decide(gramian):
-                return Agreement(gramian, *fast.neighborhood(gramian, weighting.tau, max_norm_ratio))
+    for fast in (kernels(gramian.device.type, "_triton_decision"), _few_ranks):  # a faster way to the same record
+        if fast is not None and fast.can_decide(gramian, weighting):
+            return Agreement(gramian, *fast.decide(gramian, weighting, max_norm_ratio))
     nonfinite = ~gramian.diagonal().isfinite()
     candidates = present(gramian)
     overlong = candidates & _longer_than_median(gramian, candidates, max_norm_ratio)

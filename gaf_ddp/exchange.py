@@ -17,6 +17,19 @@ from gaf_ddp.gramian import Rows, combine
 from gaf_ddp.workspace import Workspace
 
 
+class Average(Protocol):
+    """What was decided over W ranks, as far as an exchange has to know: `verdict.Verdict` is one."""
+
+    @property
+    def weights(self) -> Tensor:
+        """Each rank's share, `(W,)`."""
+        ...
+
+    def combine(self, rows: Rows, out: Tensor | None = None) -> Tensor:
+        """Return the sum `(n,)` of W rows by their weights, in out where there is one."""
+        ...
+
+
 class Exchange(Protocol):
     """Three collectives, called in this order; the bucket is `(N,)`, any floating dtype, contiguous."""
 
@@ -32,8 +45,8 @@ class Exchange(Protocol):
         """Return the Gramian `(W, W)` of the whole buckets, the same bits on every rank."""
         ...
 
-    def gather(self, rows: Rows, weights: Tensor, bucket: Tensor) -> Callable[[], None]:
-        """Write the average of the rows by their weights `(W,)` into bucket, the same bits on every rank.
+    def gather(self, rows: Rows, average: Average, bucket: Tensor) -> Callable[[], None]:
+        """Write the average of the rows into bucket, the same bits on every rank.
 
         Return a function that waits until it is all there. The rows are the exchange's again after this.
         """
@@ -66,11 +79,11 @@ class GatherExchange:
         dist.broadcast(gramian, group=self._group, group_src=0)
         return gramian
 
-    def gather(self, rows: Rows, weights: Tensor, bucket: Tensor) -> Callable[[], None]:
+    def gather(self, rows: Rows, average: Average, bucket: Tensor) -> Callable[[], None]:
         """All-reduce this rank's weighted bucket into bucket `(N,)`; a left-out rank adds zeros."""
         own = slice(self._group.rank(), self._group.rank() + 1)
         wide = torch.promote_types(bucket.dtype, torch.float32)  # sums stay in float32 for half precision too
-        share = combine(rows[own], weights[own], out=bucket if bucket.dtype == wide else bucket.to(wide))
+        share = combine(rows[own], average.weights[own], bucket if bucket.dtype == wide else bucket.to(wide))
         dist.all_reduce(share, group=self._group)
         if share is not bucket:
             bucket.copy_(share)
@@ -105,10 +118,10 @@ class ShardedExchange:
         """All-reduce the slices' Gramians `(W, W)`."""
         return triangle.all_reduce(gramian, self._group)
 
-    def gather(self, rows: Rows, weights: Tensor, bucket: Tensor) -> Callable[[], None]:
+    def gather(self, rows: Rows, average: Average, bucket: Tensor) -> Callable[[], None]:
         """Average this rank's slice and all-gather everyone's into bucket `(N,)`."""
         received = self._padded(bucket)
-        shard = combine(rows, weights)
+        shard = average.combine(rows)
         dist.all_gather_into_tensor(received, shard, group=self._group)
         if received is not bucket:
             bucket.copy_(received[: bucket.numel()])
@@ -174,12 +187,12 @@ class PeerExchange:
         _swap(self._small_messages, [gramian] * size, received.unbind(), _SUM)()
         return received.sum(0)
 
-    def gather(self, rows: Rows, weights: Tensor, bucket: Tensor) -> Callable[[], None]:
+    def gather(self, rows: Rows, average: Average, bucket: Tensor) -> Callable[[], None]:
         """Average this rank's slice where it is and send it to everyone's bucket `(N,)`."""
         travelling = self._travelling.pop(bucket.data_ptr(), bucket)
         slices = travelling.tensor_split(self._group.size())
         rank = self._group.rank()
-        own = combine(rows, weights, out=slices[rank])
+        own = average.combine(rows, out=slices[rank])
         if len(rows) > 1:
             self._workspace.give_back(rows[rank - 1])  # another's row, in the memory of all others
         finish = _swap(self._group, [own] * len(slices), slices, _GATHER)

@@ -8,6 +8,7 @@ lie: a rank's own gradient need not be copied beside the others' to be judged wi
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -153,18 +154,17 @@ def filter_gradients(rows: Tensor, weighting: Callable[[Tensor], Tensor]) -> Ten
 
 
 @cache
-def kernels(device_type: str) -> ModuleType | None:
-    """Return the fused kernels of `_triton.py` for a device type, or None where plain torch does the work.
+def kernels(device_type: str, name: str = "_triton") -> ModuleType | None:
+    """Return the module of fused kernels of that name for a device type, or None where plain torch does the work.
 
     They run on NVIDIA GPUs where Triton is installed; the environment variable `GAF_DDP_TRITON=0` turns them off.
     """
     if device_type != "cuda" or torch.version.hip is not None or os.environ.get("GAF_DDP_TRITON") == "0":
         return None
     try:
-        from gaf_ddp import _triton
+        return import_module(f"gaf_ddp.{name}")
     except ImportError:
         return None
-    return _triton
 
 
 def _pieces(rows: Rows, columns: int) -> Iterator[tuple[Tensor, ...]]:

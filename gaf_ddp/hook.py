@@ -2,8 +2,8 @@
 
 rows    = exchange.scatter(bucket)         (W, n)  this rank's slice of every rank's gradient
 gramian = exchange.sum(gram(rows))         (W, W)  all inner products between the ranks' gradients
-weights = decide(gramian).weights          (W,)    which ranks agree, and how much each counts
-bucket  = exchange.gather(rows, weights)   (N,)    the filtered average, the same on every rank
+verdict = Verdict(gramian)                 (W,)    which ranks agree, and how much each counts
+bucket  = exchange.gather(rows, verdict)   (N,)    the filtered average, the same on every rank
 
 With `vote_momentum` the Gramian is that of the rows' momenta; the rest is the same.
 """  # DDP checks the hook's annotations: no `from __future__ import annotations` here.
@@ -14,10 +14,10 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from gaf_ddp.agreement import decide
 from gaf_ddp.gramian import gram
 from gaf_ddp.momenta import judged
 from gaf_ddp.state import GAFState, Share
+from gaf_ddp.verdict import Verdict
 
 
 def gaf_hook(
@@ -72,10 +72,10 @@ def _filter(state: GAFState, share: Share) -> None:
         return
     gramian = share.exchange.sum(_total([gramian for _, _, gramian in waiting]))
     gramian = gramian if state.momenta is None else judged(gramian)
-    agreement = decide(gramian, state.weighting_now(), state.max_norm_ratio)
+    verdict = Verdict(gramian, state.weighting_now(), state.max_norm_ratio)
     for share, rows, _ in waiting:
-        state.send(share, share.exchange.gather(rows, agreement.weights, share.buffer))
-    state.record(agreement, [share for share, _, _ in waiting])
+        state.send(share, share.exchange.gather(rows, verdict, share.buffer))
+    state.record(verdict.agreement, [share for share, _, _ in waiting])
     if share.is_last:  # not before: DDP asks for no result until the end, and the way back takes a while
         _land(state)
 

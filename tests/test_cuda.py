@@ -9,7 +9,15 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gaf_ddp import GAFState, Mean, NeighborhoodAgreement, gaf_hook, skip_on_disagreement
+from gaf_ddp import (
+    GAFState,
+    Mean,
+    NeighborhoodAgreement,
+    SequentialAgreement,
+    Weighting,
+    gaf_hook,
+    skip_on_disagreement,
+)
 from gaf_ddp.agreement import decide
 from tests.ranks import run_ranks
 
@@ -70,8 +78,8 @@ def test_a_training_step_copies_nothing_to_the_host(tmp_path: Path, settings: di
 
 
 @pytest.mark.parametrize("world_size", [2, 8, 64, 1024])
-@pytest.mark.parametrize("weighting", [Mean(), NeighborhoodAgreement(0.9)], ids=repr)
-def test_a_decision_has_no_host_sync(world_size: int, weighting: NeighborhoodAgreement) -> None:
+@pytest.mark.parametrize("weighting", [Mean(), NeighborhoodAgreement(0.9), SequentialAgreement(0.9)], ids=repr)
+def test_a_decision_has_no_host_sync(world_size: int, weighting: Weighting) -> None:
     gramian = torch.eye(world_size, device="cuda")
     decide(gramian, weighting, 10.0)  # compiles
     torch.cuda.set_sync_debug_mode("error")

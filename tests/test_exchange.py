@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gaf_ddp import NeighborhoodAgreement, SequentialAgreement, Weighting, gram, triangle
+from gaf_ddp import Mean, NeighborhoodAgreement, SequentialAgreement, Weighting, gram, triangle
 from gaf_ddp import exchange as exchange_module
-from gaf_ddp.agreement import decide
 from gaf_ddp.exchange import Exchanges, GatherExchange, PeerExchange, ShardedExchange
+from gaf_ddp.verdict import Verdict
 from tests import oracle
 from tests.gradients import random_gradients
 
@@ -34,7 +34,7 @@ def exchanged(device: torch.device, kind: type, case: Case) -> tuple[Tensor, Ten
     rows = exchange.scatter(bucket)()
     assert len(rows) == dist.get_world_size()
     gramian = exchange.sum(gram(rows))
-    exchange.gather(rows, decide(gramian, case.weighting, None).weights, bucket)()
+    exchange.gather(rows, Verdict(gramian, case.weighting, None), bucket)()
     return bucket.cpu(), gramian.cpu()
 
 
@@ -143,7 +143,7 @@ def where_rows_lie(device: torch.device, wire: torch.dtype | None) -> tuple[bool
         own, other = rows[dist.get_rank()], rows[dist.get_rank() - 1]
         in_bucket = own.untyped_storage().data_ptr() == bucket.untyped_storage().data_ptr()
         received.append(other.data_ptr())
-        exchange.gather(rows, torch.tensor([0.5, 0.25, 0.25]), bucket)()
+        exchange.gather(rows, Verdict(torch.eye(3), Mean(), None), bucket)()
     return in_bucket, received[0] == received[1]
 
 

@@ -1,4 +1,4 @@
-"""The default decision in plain numbers against the same in tensor operations, field by field."""
+"""Decisions in plain numbers against the same in tensor operations, field by field."""
 
 import math
 from dataclasses import fields
@@ -7,14 +7,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from gaf_ddp import Agreement, NeighborhoodAgreement, _few_ranks
+from gaf_ddp import Agreement, NeighborhoodAgreement, SequentialAgreement, Weighting, _few_ranks
 from gaf_ddp.agreement import decide
 from tests.gradients import agreeing_gradients, random_gradients
 from tests.properties import gramian_of
 
 
-class InTensors(NeighborhoodAgreement):
-    """The same rule; only the very class has the faster way."""
+class Neighborhood(NeighborhoodAgreement):
+    """The same rule in tensors; only the very class has the faster way."""
+
+
+class Sequential(SequentialAgreement):
+    """As above."""
+
+
+def rules(tau: float) -> list[tuple[Weighting, Weighting]]:
+    """Return each rule with the same in tensors."""
+    return [
+        (NeighborhoodAgreement(tau), Neighborhood(tau)),
+        (SequentialAgreement(tau), Sequential(tau)),
+        (SequentialAgreement(tau, running="half"), Sequential(tau, running="half")),
+    ]
 
 
 def spoilt(gramian: Tensor, seed: int) -> Tensor:
@@ -26,13 +39,16 @@ def spoilt(gramian: Tensor, seed: int) -> Tensor:
 
 
 def assert_same(gramian: Tensor, tau: float, ratio: float | None) -> None:
-    assert _few_ranks.can_decide(gramian)
-    found, expected = (decide(gramian, kind(tau), ratio) for kind in (NeighborhoodAgreement, InTensors))
-    for field in fields(Agreement):
-        left, right = getattr(found, field.name), getattr(expected, field.name)
-        assert left.dtype == right.dtype
-        assert left.shape == right.shape
-        torch.testing.assert_close(left, right, rtol=0, atol=1e-15 * (field.name == "cosine"), equal_nan=True)
+    for fast, in_tensors in rules(tau):
+        assert _few_ranks.can_decide(gramian, fast)
+        assert not _few_ranks.can_decide(gramian, in_tensors)
+        found, expected = decide(gramian, fast, ratio), decide(gramian, in_tensors, ratio)
+        for field in fields(Agreement):
+            left, right = getattr(found, field.name), getattr(expected, field.name)
+            assert left.dtype == right.dtype
+            assert left.shape == right.shape
+            tolerance = 1e-15 * (field.name == "cosine")
+            torch.testing.assert_close(left, right, rtol=0, atol=tolerance, equal_nan=True, msg=repr(fast))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -59,4 +75,5 @@ def test_copies_tie_and_the_lowest_rank_wins() -> None:
 
 
 def test_more_ranks_are_left_to_tensor_operations() -> None:
-    assert not _few_ranks.can_decide(torch.ones(_few_ranks.MOST + 1, _few_ranks.MOST + 1))
+    gramian = torch.ones(_few_ranks.MOST + 1, _few_ranks.MOST + 1)
+    assert not _few_ranks.can_decide(gramian, NeighborhoodAgreement(1.0))

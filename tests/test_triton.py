@@ -10,7 +10,7 @@ import pytest
 import torch
 from packaging.version import Version
 
-from gaf_ddp import NeighborhoodAgreement, gramian
+from gaf_ddp import Agreement, NeighborhoodAgreement, SequentialAgreement, agreement, gramian, verdict
 from gaf_ddp.agreement import decide
 
 triton = pytest.importorskip("triton")
@@ -110,25 +110,73 @@ def _awkward_rows(world_size: int, case: int) -> torch.Tensor:
     return rows
 
 
-@needs_kernels
-@pytest.mark.parametrize("world_size", [2, 3, 7, 33, 130])
-def test_the_decision_equals_the_reference(world_size: int) -> None:
-    from gaf_ddp import _triton
+def _rules(tau: float) -> list[NeighborhoodAgreement | SequentialAgreement]:
+    return [NeighborhoodAgreement(tau), SequentialAgreement(tau), SequentialAgreement(tau, running="half")]
 
-    for case in range(27 if world_size < 33 else 8):
+
+def _assert_equal(fused: tuple[torch.Tensor, ...], reference: Agreement, case: object) -> None:
+    names = ("cosine", "weights", "kept", "agreed", "voters", "nonfinite", "overlong")
+    for name, value in zip(names, fused, strict=True):
+        expected = getattr(reference, name)
+        torch.testing.assert_close(
+            value.cpu(), expected, equal_nan=True, msg=lambda m, n=name: f"{n}, {case}: {m}"
+        )
+
+
+@needs_kernels
+@pytest.mark.parametrize("world_size", [2, 7, 33, 130])
+def test_the_decision_equals_the_reference(world_size: int) -> None:
+    from gaf_ddp import _triton_decision
+
+    for case in range(27 if world_size < 33 else 4):
         measured = gramian.gram(_awkward_rows(world_size, case))
         tau, ratio = (0.25, 0.875, 1.0, 2.0, 0.0)[case % 5], (10.0, None)[case % 2]
-        reference = decide(measured, NeighborhoodAgreement(tau), ratio)
-        names = ("cosine", "weights", "kept", "agreed", "voters", "nonfinite", "overlong")
-        assert _triton.can_decide(measured.to(DEVICE))
-        fused = _triton.neighborhood(measured.to(DEVICE), tau, ratio)
-        for name, value in zip(names, fused, strict=True):
-            torch.testing.assert_close(
-                value.cpu(),
-                getattr(reference, name),
-                equal_nan=True,
-                msg=lambda m, n=name, c=case: f"{n}, {c}: {m}",
-            )
+        for rule in _rules(tau):
+            assert _triton_decision.can_decide(measured.to(DEVICE), rule)
+            fused = _triton_decision.decide(measured.to(DEVICE), rule, ratio)
+            _assert_equal(fused, decide(measured, rule, ratio), (case, rule))
+
+
+@needs_kernels
+@pytest.mark.parametrize("world_size", [2, 5, 16])
+def test_the_decision_and_the_average_in_one_launch(world_size: int) -> None:
+    """The record and the average of the reference, without touching a left-out row, in blocks of 1024 columns."""
+    from gaf_ddp import _triton_decision
+
+    for case in range(1, 14):
+        dtype = DTYPES[case % 3]
+        judged = gramian.gram(_awkward_rows(world_size, case))
+        ratio, columns = (10.0, None)[case % 2], (1, 4099)[case % 2]
+        rows = torch.randn(world_size, columns, device=DEVICE).to(dtype)
+        for rule in _rules((0.25, 0.875, 1.0, 2.0)[case % 4]):
+            reference = decide(judged, rule, ratio)
+            exact = gramian.combine(rows.double().cpu(), reference.weights.double())
+            spoilt = torch.where((reference.weights == 0).to(DEVICE)[:, None], torch.nan, rows)
+            out = torch.empty(columns, dtype=dtype, device=DEVICE)
+            assert _triton_decision.can_decide_and_combine(judged.to(DEVICE), rule, spoilt, out)
+            fused = _triton_decision.decide_and_combine(judged.to(DEVICE), rule, ratio, spoilt, out)
+            _assert_equal(fused, reference, (case, rule))
+            torch.testing.assert_close(out.cpu(), exact.to(dtype), equal_nan=True)
+
+
+@needs_kernels
+@pytest.mark.parametrize("world_size", [2, 17])
+def test_a_verdict_decides_in_its_first_average_of_few_ranks(
+    world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gaf_ddp import _triton_decision
+
+    launches = []
+    launch = _triton_decision._launch
+    monkeypatch.setattr(verdict, "kernels", lambda device, name: _triton_decision)
+    monkeypatch.setattr(agreement, "kernels", lambda device, name: _triton_decision)
+    monkeypatch.setattr(_triton_decision, "_launch", lambda *case: launches.append(case[3]) or launch(*case))
+    rows = torch.randn(world_size, 50, device=DEVICE)
+    found = verdict.Verdict(gramian.gram(rows), NeighborhoodAgreement(1.0), 10.0)
+    averages = [found.combine(rows), found.combine(rows)]
+    assert [combined is not None for combined in launches] == [world_size <= 16]  # one launch decides
+    torch.testing.assert_close(averages[0], averages[1])
+    torch.testing.assert_close(averages[0], gramian.combine(rows, found.weights))
 
 
 @pytest.mark.skipif(interpreted, reason="the interpreter does not compile")
@@ -139,22 +187,32 @@ def test_kernels_compile_without_spilling(capability: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from gaf_ddp import _triton
+    from gaf_ddp import _triton, _triton_decision
 
     flags = {name: "*i1" for name in ("keeps", "agreed", "votes", "nonfinites", "overlongs")}
     decision = {"gramian": "*fp32", "cosine": "*fp64", "weights": "*fp32", **flags, "tau": "fp32", "ratio": "fp32"}
     gram = {"rows": "*fp32", "partial": "*fp32", "columns": "i32"}
     wide = {"COUNT": 64, "PADDED": 64, "BLOCK": 128, "IN_REGISTERS": False, "PRECISION": "tf32x3"}
     narrow = {"COUNT": 8, "PADDED": 8, "BLOCK": 128, "IN_REGISTERS": True, "PRECISION": "tf32x3"}
+    rule = {"FACTOR": 0.5, "BLOCK": 1024}
+    alone = rule | {"COMBINES": False, "rows": None, "out": None}
+    many = alone | {"COUNT": 1000, "PADDED": 1024, "TILE": 8}
+    few = rule | {"COUNT": 15, "PADDED": 16, "TILE": 16, "COMBINES": True}
+    rows_in = gram | {"out": "*fp32"}
     for kernel, types, constants in (
         (_triton._gram_kernel, gram, narrow),
         (_triton._gram_kernel, gram, wide),
-        (_triton._combine_kernel, gram | {"weights": "*fp32", "out": "*fp32"}, {"COUNT": 8, "BLOCK": 2048}),
-        (_triton._neighborhood_kernel, decision, {"COUNT": 8, "PADDED": 8, "TILE": 8}),
+        (_triton._combine_kernel, rows_in | {"weights": "*fp32"}, {"COUNT": 8, "BLOCK": 2048}),
+        *(
+            (_triton_decision._decision_kernel, decision | rows_in, c | {"SEQUENTIAL": s})
+            for c in (many, few)
+            for s in (True, False)
+        ),
     ):
         names = kernel.arg_names
         signature = {name: "constexpr" if name in constants else types[name] for name in names}
         source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
-        compiled = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+        warps = 8 if constants.get("PADDED") == 1024 else 4
+        compiled = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
         assert "ld.local" not in compiled.asm["ptx"]
         assert compiled.asm["cubin"]

@@ -1,0 +1,217 @@
+"""Decisions in Triton, for accelerators: one launch, in which few ranks' rows are averaged too, and no host sync.
+
+The functions equal `decide` (agreement.py) and `combine` (gramian.py), which stay the reference; tau is rounded to
+float32, as the Gramian is.
+"""
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gaf_ddp._triton import can_combine, programs_on
+from gaf_ddp.weighting import NeighborhoodAgreement, SequentialAgreement
+
+_LARGEST = 1024  # ranks
+_LARGEST_COMBINED = 16  # ranks; every program takes the whole decision again
+
+
+def can_decide(gramian: Tensor, weighting: Callable[[Tensor], Tensor]) -> bool:
+    """Return whether `decide` takes this Gramian and this weighting."""
+    known = type(weighting) in (NeighborhoodAgreement, SequentialAgreement)  # a subclass may decide otherwise
+    return known and gramian.dtype == torch.float32 and 2 <= len(gramian) <= _LARGEST
+
+
+def can_decide_and_combine(
+    gramian: Tensor, weighting: Callable[[Tensor], Tensor], rows: Tensor, out: Tensor
+) -> bool:
+    """Return whether `decide_and_combine` takes these."""
+    return can_decide(gramian, weighting) and len(gramian) <= _LARGEST_COMBINED and can_combine(rows, out)
+
+
+def decide(
+    gramian: Tensor, weighting: NeighborhoodAgreement | SequentialAgreement, max_norm_ratio: float | None
+) -> tuple[Tensor, ...]:
+    """Judge a Gramian `(W, W)` by the weighting behind the voter's guards.
+
+    Returns the fields of `Agreement` after the Gramian, in their order.
+    """
+    return _launch(gramian, weighting, max_norm_ratio, None, None)
+
+
+def decide_and_combine(
+    gramian: Tensor,
+    weighting: NeighborhoodAgreement | SequentialAgreement,
+    max_norm_ratio: float | None,
+    rows: Tensor,
+    out: Tensor,
+) -> tuple[Tensor, ...]:
+    """`decide`, and write the rows `(W, n)` by the weights into out `(n,)`; left-out rows are not even read."""
+    return _launch(gramian, weighting, max_norm_ratio, rows.contiguous(), out)
+
+
+def _launch(
+    gramian: Tensor,
+    weighting: NeighborhoodAgreement | SequentialAgreement,
+    max_norm_ratio: float | None,
+    rows: Tensor | None,
+    out: Tensor | None,
+) -> tuple[Tensor, ...]:
+    count, device = len(gramian), gramian.device
+    padded, block = triton.next_power_of_2(count), 1024
+    cosine = torch.empty(count, count, dtype=torch.float64, device=device)
+    weights = torch.empty(count, dtype=torch.float32, device=device)
+    kept, voters, nonfinite, overlong = torch.empty(4, count, dtype=torch.bool, device=device)
+    agreed = torch.empty((), dtype=torch.bool, device=device)
+    columns = 0 if rows is None else rows.shape[1]
+    programs = max(1, min(triton.cdiv(columns, block), programs_on(device)))
+    _decision_kernel[(programs,)](
+        gramian.contiguous(), cosine, weights, kept, agreed, voters, nonfinite, overlong,
+        weighting.tau, float("inf") if max_norm_ratio is None else max_norm_ratio, rows, out, columns,
+        COUNT=count, PADDED=padded, TILE=min(padded, max(1, 8192 // padded)),
+        SEQUENTIAL=isinstance(weighting, SequentialAgreement),
+        FACTOR=0.5 if getattr(weighting, "running", "mean") == "half" else 1.0,
+        COMBINES=rows is not None, BLOCK=block, num_warps=4 if padded <= 64 else 8,
+    )  # fmt: skip
+    return cosine, weights, kept, agreed, voters, nonfinite, overlong
+
+
+@triton.jit
+def _decision_kernel(
+    gramian, cosine, weights, keeps, agreed, votes, nonfinites, overlongs, tau, ratio, rows, out, columns,
+    COUNT: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, SEQUENTIAL: tl.constexpr,
+    FACTOR: tl.constexpr, COMBINES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Find the voters and what each counts, in every program; write the record in the first; average blocks."""
+    j = tl.arange(0, PADDED)
+    exists = j < COUNT
+    square = tl.load(gramian + j * COUNT + j, mask=exists, other=0.0).to(tl.float64)
+    finite = (square - square) == 0.0  # NaN and inf are not
+    candidate = exists & finite & (square > 0.0)
+    norm = tl.sqrt(tl.where(candidate, square, 0.0))
+    overlong = candidate & (norm > ratio * _lower_median(norm, candidate, PADDED))
+    voter = candidate & ~overlong
+    voters = tl.sum(voter.to(tl.int32), axis=0)
+
+    # The cosines are recorded by the way: they are what the neighbourhoods are found by.
+    centre = _centre(gramian, cosine, j, square, voter, tau, COUNT, TILE, PADDED)
+    if SEQUENTIAL:
+        counts = _sequence(gramian, j, square, voter, tau, FACTOR, COUNT, PADDED)
+    else:
+        counts = _around(gramian, centre, j, square, voter, tau, COUNT)
+    number = tl.sum((counts > 0.0).to(tl.int32), axis=0)
+    agreeing = (number >= 2) | (voters < 2)
+    total = tl.sum(counts, axis=0)
+    share = tl.where(agreeing, counts / tl.where(total > 0.0, total, 1.0), 0.0).to(tl.float32)
+    kept = share != 0.0
+    nonfinite = exists & ~finite
+    poisoned = (tl.sum(nonfinite.to(tl.int32), axis=0) > 0) & (voters == 0)
+    share = tl.where(poisoned, float("nan"), share)
+
+    if tl.program_id(0) == 0:
+        tl.store(weights + j, share, mask=exists)
+        tl.store(keeps + j, kept, mask=exists)
+        tl.store(votes + j, voter, mask=exists)
+        tl.store(nonfinites + j, nonfinite, mask=exists)
+        tl.store(overlongs + j, overlong, mask=exists)
+        something = tl.sum(kept.to(tl.int32), axis=0) > 0
+        tl.store(agreed, something | ((voters == 0) & ~poisoned))
+
+    if COMBINES:
+        for first in range(tl.program_id(0) * BLOCK, columns, tl.num_programs(0) * BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            inside = column < columns
+            read = (exists & (share != 0.0))[:, None] & inside[None, :]
+            at = rows + j.to(tl.int64)[:, None] * columns + column[None, :]
+            x = tl.load(at, mask=read, other=0.0).to(tl.float32)
+            average = tl.sum(share[:, None] * x, axis=0)
+            tl.store(out + column, average.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _centre(
+    gramian, cosine, j, square, voter, tau, COUNT: tl.constexpr, TILE: tl.constexpr, PADDED: tl.constexpr
+):  # fmt: skip
+    """Return the rank with the most, then the closest, neighbours, tile of rows by tile; write the cosines."""
+    best_count = -1
+    best_spread = tl.sum(tl.zeros((PADDED,), dtype=tl.float64), axis=0)
+    centre = 0
+    for first in range(0, COUNT, TILE):
+        i = first + tl.arange(0, TILE)
+        distance, near = _near_rows(gramian, cosine, i, j, square, voter, tau, COUNT)
+        count = tl.sum(near.to(tl.int32), axis=1)
+        spread = tl.sum(tl.where(near, distance, 0.0), axis=1)
+        most = tl.max(count, axis=0)
+        least = tl.min(tl.where(count == most, spread, float("inf")), axis=0)
+        lowest = tl.min(tl.where((count == most) & (spread == least), i, PADDED), axis=0)
+        better = (most > best_count) | ((most == best_count) & (least < best_spread))
+        best_count = tl.where(better, most, best_count)
+        best_spread = tl.where(better, least, best_spread)
+        centre = tl.where(better, lowest, centre)
+    return centre
+
+
+@triton.jit
+def _around(gramian, centre, j, square, voter, tau, COUNT: tl.constexpr):
+    """Return what each rank counts, float64: the centre and its neighbours 1."""
+    product = tl.load(gramian + centre * COUNT + j, mask=voter, other=0.0).to(tl.float64)
+    squares = square * tl.sum(tl.where(j == centre, square, 0.0), axis=0)
+    near = (1.0 - _cosine(product, tl.where(voter, squares, 0.0)) <= tau) | (j == centre)
+    return (voter & near).to(tl.float64)
+
+
+@triton.jit
+def _sequence(
+    gramian, j, square, voter, tau, FACTOR: tl.constexpr, COUNT: tl.constexpr, PADDED: tl.constexpr
+):  # fmt: skip
+    """Return what each rank counts, float64, in the running combination that keeps what agrees with it."""
+    counts = tl.zeros((PADDED,), dtype=tl.float64)
+    against = tl.zeros((PADDED,), dtype=tl.float64)  # inner products of the combination with every gradient
+    total = tl.sum(counts, axis=0)  # its squared norm
+    number = 0
+    for i in range(COUNT):
+        mine = voter & (j == i)
+        row = tl.load(gramian + i * COUNT + j, mask=voter, other=0.0).to(tl.float64)
+        own = tl.sum(tl.where(mine, square, 0.0), axis=0)
+        product = tl.sum(tl.where(mine, against, 0.0), axis=0)
+        near = (1.0 - _cosine(product, own * total)) <= tau
+        keep = (tl.sum(mine.to(tl.int32), axis=0) > 0) & ((number == 0) | near)
+        factor = tl.where(number == 0, 1.0, FACTOR)
+        total = tl.where(keep, factor * factor * (total + 2.0 * product + own), total)
+        against = tl.where(keep, factor * (against + row), against)
+        counts = tl.where(keep, factor * (counts + tl.where(mine, 1.0, 0.0)), counts)
+        number += keep.to(tl.int32)
+    return counts
+
+
+@triton.jit
+def _near_rows(gramian, cosine, i, j, square, voter, tau, COUNT: tl.constexpr):
+    """Return distances of ranks i to ranks j and which pairs of voters are near; write the cosines."""
+    inside = (i < COUNT)[:, None] & (j < COUNT)[None, :]
+    product = tl.load(gramian + i[:, None] * COUNT + j[None, :], mask=inside, other=0.0).to(tl.float64)
+    mine = i[:, None] == j[None, :]
+    square_i = tl.sum(tl.where(mine, square[None, :], 0.0), axis=1)
+    voter_i = tl.sum((mine & voter[None, :]).to(tl.int32), axis=1) > 0
+    both = voter_i[:, None] & voter[None, :]
+    similar = _cosine(product, tl.where(both, square_i[:, None] * square[None, :], 0.0))
+    if tl.program_id(0) == 0:
+        tl.store(cosine + i[:, None] * COUNT + j[None, :], similar, mask=inside)
+    distance = 1.0 - similar
+    return distance, both & ((distance <= tau) | mine)
+
+
+@triton.jit
+def _cosine(product, squares):
+    """Return product / sqrt(squares) within [-1, 1]; 0 where there is no length."""
+    length = tl.sqrt(tl.where(squares > 0.0, squares, 1.0))
+    return tl.minimum(tl.maximum(tl.where(squares > 0.0, product / length, 0.0), -1.0), 1.0)
+
+
+@triton.jit
+def _lower_median(norm, candidate, PADDED: tl.constexpr):
+    """Return the lower median of the candidates' norms; 0 without candidates."""
+    ordered = tl.sort(tl.where(candidate, norm, float("inf")))
+    middle = tl.maximum(tl.sum(candidate.to(tl.int32), axis=0) - 1, 0) // 2
+    return tl.sum(tl.where(tl.arange(0, PADDED) == middle, ordered, 0.0), axis=0)
