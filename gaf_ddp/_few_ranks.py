@@ -45,10 +45,16 @@ def decide(
     poisoned = any(nonfinite) and not voters
     total = sum(counts.values())
     shares = [math.nan if poisoned else counts[i] / total if i in counts else 0.0 for i in ranks]
-    each = torch.tensor([[i in counts, i in voters, nonfinite[i], i in norm and i not in voters] for i in ranks])
-    is_kept, is_voter, is_nonfinite, is_overlong = each.view(-1, 4).T.contiguous()
+    is_kept, is_voter, is_nonfinite, is_overlong = torch.tensor(
+        [
+            [i in counts for i in ranks],
+            [i in voters for i in ranks],
+            nonfinite,
+            [i in norm and i not in voters for i in ranks],
+        ]
+    ).unbind()
     return (
-        torch.tensor(cosine, dtype=torch.float64).view(len(inner), len(inner)),
+        torch.tensor(cosine, dtype=torch.float64),
         torch.tensor(shares, dtype=gramian.dtype),
         is_kept,
         torch.tensor(bool(counts) or not (voters or poisoned)),

@@ -1,6 +1,6 @@
 """One decision and its record, and running statistics over many; everything stays on the device."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -113,10 +113,15 @@ def _require_weights(weighting: object, weights: Any, count: int) -> Tensor:
                      f"found {found} from {weighting!r}")  # fmt: skip
 
 
+_MOST_PENDING, _MOST_COSINES = 64, 2**14  # decisions that wait to be added up, and their cosines
+
+
 class AgreementMeter:
     """Running sums over decisions, kept on the device: recording never waits for it, `summary` waits once.
 
-    Memory: 4 W + 5 float64 numbers.
+    Decisions are added up many at a time: one by one, that took more launches than the decisions themselves.
+
+    Memory: 4 W + 5 float64 numbers, and the decisions not yet added up: at most 64, of 16 Ki pairs of ranks.
     """
 
     def __init__(self) -> None:
@@ -124,28 +129,37 @@ class AgreementMeter:
         self._totals: Tensor | None = (
             None  # (5,): decisions, not agreed, weight kept, cosines, decisions with pairs
         )
+        self._pending: list[Agreement] = []
 
     def record(self, *agreements: Agreement) -> None:
-        """Add decisions over the same W ranks; those of one step together cost fewer launches than one by one."""
-        device = agreements[0].kept.device  # a model on several devices has decisions on each
+        """Add decisions over the same W ranks."""
+        if self._pending and len(self._pending[0].kept) != len(agreements[0].kept):
+            self.reset()
+        self._pending += agreements
+        if len(self._pending) >= min(_MOST_PENDING, _MOST_COSINES // agreements[0].cosine.numel()):
+            self._add_up()
 
-        def gathered(values: Iterable[Tensor]) -> Tensor:
-            return torch.stack([value.to(device) for value in values])
-
-        kept, voters, nonfinite, overlong = (  # (decisions, W)
-            gathered(getattr(a, name) for a in agreements) for name in ("kept", "voters", "nonfinite", "overlong")
+    def _add_up(self) -> None:
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, []
+        device = pending[0].kept.device  # a model on several devices has decisions on each
+        names = ("kept", "voters", "nonfinite", "overlong", "agreed", "cosine")
+        kept, voters, nonfinite, overlong, agreed, cosine = (  # (decisions, W), agreed one, cosine W² for each
+            torch.stack([getattr(agreement, name).to(device) for agreement in pending]) for name in names
         )
         zero = ~(voters | nonfinite | overlong)
         ranks = torch.stack([kept, nonfinite, overlong, zero]).sum(1, dtype=torch.float64)
         number = voters.sum(1, dtype=torch.float64)
         pairs = number * (number - 1)
-        cosines = gathered(a.cosine.sum() - a.cosine.trace() for a in agreements) / pairs.clamp(min=1)
-        skipped = ~gathered(a.agreed for a in agreements)
-        each = [torch.ones_like(pairs), skipped, kept.mean(1, dtype=torch.float64), cosines, pairs > 0]
+        cosines = (cosine.sum((1, 2)) - cosine.diagonal(dim1=1, dim2=2).sum(1)) / pairs.clamp(min=1)
+        each = [torch.ones_like(pairs), ~agreed, kept.mean(1, dtype=torch.float64), cosines, pairs > 0]
         totals = torch.stack([value.sum(dtype=torch.float64) for value in each])
-        same = self._ranks is not None and self._ranks.shape == ranks.shape
-        self._ranks = self._ranks.to(ranks) + ranks if same and self._ranks is not None else ranks
-        self._totals = self._totals.to(totals) + totals if same and self._totals is not None else totals
+        if self._ranks is None or self._totals is None or self._ranks.shape != ranks.shape:
+            self._ranks, self._totals = ranks, totals
+            return
+        # In place: a sum made on one stream must not be freed while another stream still reads it.
+        self._ranks, self._totals = self._ranks.to(ranks).add_(ranks), self._totals.to(totals).add_(totals)
 
     def summary(self) -> dict[str, float]:
         """Return the means over the recorded decisions, at one host sync; empty if there were none.
@@ -154,6 +168,7 @@ class AgreementMeter:
         `gaf/nonfinite_fraction`, `gaf/overlong_fraction`, `gaf/zero_fraction`, and `gaf/kept_rank_00` … : the
         share of decisions in which that rank was kept.
         """
+        self._add_up()
         if self._ranks is None or self._totals is None:
             return {}
         count = self._ranks.shape[1]
@@ -174,11 +189,18 @@ class AgreementMeter:
     def reset(self) -> None:
         """Forget everything recorded."""
         self._ranks = self._totals = None
+        self._pending = []
 
     def state_dict(self) -> dict[str, Tensor | None]:
-        """Return the running sums."""
-        return {"ranks": self._ranks, "totals": self._totals}
+        """Return a copy of the running sums."""
+        self._add_up()
+        if self._ranks is None or self._totals is None:
+            return {"ranks": None, "totals": None}
+        return {"ranks": self._ranks.clone(), "totals": self._totals.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor | None]) -> None:
         """Restore the running sums; those of another world size are dropped at the next decision."""
-        self._ranks, self._totals = state["ranks"], state["totals"]
+        self.reset()
+        ranks, totals = state["ranks"], state["totals"]
+        if ranks is not None and totals is not None:
+            self._ranks, self._totals = ranks.clone(), totals.clone()

@@ -6,6 +6,7 @@ An exchange moves bytes and adds numbers. Which rank counts how much is decided 
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from gaf_ddp import triangle
 from gaf_ddp.gramian import Rows, combine
-from gaf_ddp.workspace import Workspace
+from gaf_ddp.workspace import CACHE_LINE, Workspace
 
 
 class Average(Protocol):
@@ -160,12 +161,12 @@ class PeerExchange:
         self._travelling: dict[int, Tensor] = {}  # by bucket: what goes over the wire in its place
 
     def scatter(self, bucket: Tensor) -> Callable[[], Rows]:
-        """Send this rank's slices; return a function that waits for W rows `(n,)`, n alike to within 1."""
+        """Send this rank's slices; return a function that waits for W rows `(n,)`."""
         travelling = bucket
         if self._wire_dtype is not None:
             travelling = self._workspace.take(1, bucket.numel(), self._wire_dtype)[0].copy_(bucket)
             self._travelling[bucket.data_ptr()] = travelling
-        slices = travelling.tensor_split(self._group.size())
+        slices = _slices(travelling, self._group.size())
         rank = self._group.rank()
         others = self._workspace.take(len(slices) - 1, len(slices[rank]), travelling.dtype).unbind()
         rows = [*others[:rank], slices[rank], *others[rank:]]
@@ -190,7 +191,7 @@ class PeerExchange:
     def gather(self, rows: Rows, average: Average, bucket: Tensor) -> Callable[[], None]:
         """Average this rank's slice where it is and send it to everyone's bucket `(N,)`."""
         travelling = self._travelling.pop(bucket.data_ptr(), bucket)
-        slices = travelling.tensor_split(self._group.size())
+        slices = _slices(travelling, self._group.size())
         rank = self._group.rank()
         own = average.combine(rows, out=slices[rank])
         if len(rows) > 1:
@@ -204,6 +205,14 @@ class PeerExchange:
                 self._workspace.give_back(travelling)
 
         return wait
+
+
+def _slices(bucket: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Cut a bucket into slices of about the same length; each begins a cache line, if the bucket does."""
+    line = CACHE_LINE // bucket.element_size()
+    lines = bucket.numel() // line
+    starts = [i * lines // count * line for i in range(count)]
+    return torch.split(bucket, [end - start for start, end in pairwise([*starts, bucket.numel()])])
 
 
 def _swap(

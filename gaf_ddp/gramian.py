@@ -44,11 +44,11 @@ def gram(rows: Rows) -> Tensor:
         products: Tensor = fused.gram(rows)
         return products
     few = device == "cpu" and len(rows) <= _DOT_ROWS
-    return (_gram_of_few(rows) if few else _gram_of_many(rows)).to(_wide(rows))
+    return _gram_of_few(rows) if few else _gram_of_many(rows)
 
 
 def _gram_of_few(rows: Rows) -> Tensor:
-    """Return the float64 Gramian by dot products, in pieces that stay in a CPU's cache for all of them."""
+    """Return the Gramian by dot products, in pieces that stay in a CPU's cache for all of them."""
     wide = _wide(rows)
     total = [[0.0] * len(rows) for _ in rows]
     for piece in _pieces(rows, _DOT_COLUMNS):
@@ -56,12 +56,12 @@ def _gram_of_few(rows: Rows) -> Tensor:
         for i, a in enumerate(vectors):
             for j, b in enumerate(vectors[: i + 1]):
                 total[i][j] += torch.dot(a, b).item()
-    lower = torch.tensor(total, dtype=torch.float64)
-    return lower + lower.tril(-1).T
+    ranks = range(len(rows))
+    return torch.tensor([[total[max(i, j)][min(i, j)] for j in ranks] for i in ranks], dtype=wide)
 
 
 def _gram_of_many(rows: Rows) -> Tensor:
-    """Return the float64 Gramian by matrix products of `_COLUMNS` columns, and one of the rest."""
+    """Return the Gramian by matrix products of `_COLUMNS` columns, and one of the rest."""
     on_cpu = rows[0].device.type == "cpu"
     # Float32 products on an accelerator may silently use TF32, those in float64 never do.
     dtype = _wide(rows) if on_cpu else torch.float64
@@ -75,7 +75,7 @@ def _gram_of_many(rows: Rows) -> Tensor:
         rest = part[:, whole:]
         with torch.autocast(part.device.type, enabled=False):
             total += torch.bmm(blocks, blocks.mT).double().sum(0) + (rest @ rest.mT).double()
-    return total
+    return total.to(_wide(rows))
 
 
 def combine(rows: Rows, weights: Tensor, out: Tensor | None = None) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gaf_ddp import Agreement, Mean, NeighborhoodAgreement
+from gaf_ddp import agreement as agreement_module
 from gaf_ddp.agreement import AgreementMeter, decide
 from tests.syncs import HostSyncs
 
@@ -48,7 +49,26 @@ class TestMeter:
         meter.record(decide(torch.tensor([[1.0, 0.25], [0.25, 1.0]]), Mean(), None))
         assert meter.summary()["gaf/mean_cosine"] == 0.25
 
-    def test_waits_once_in_summary_and_never_in_record(self) -> None:
+    @pytest.mark.parametrize(
+        ("name", "limit", "most"),
+        [("_MOST_PENDING", 1, 0), ("_MOST_PENDING", 5, 4), ("_MOST_COSINES", 33, 1), ("_MOST_PENDING", 999, 40)],
+    )
+    def test_adding_up_later_changes_nothing(
+        self, name: str, limit: int, most: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(agreement_module, name, limit)
+        meter, decisions = AgreementMeter(), _decisions()
+        for i in range(20):
+            meter.record(decisions[i % 3], decisions[(i + 1) % 3])
+            assert len(meter._pending) <= most
+        summary = meter.summary()
+        assert meter.summary() == summary
+        assert summary["gaf/kept_fraction"] == pytest.approx((4 * 13 + 2 * 14) / 160)
+        assert summary["gaf/skipped_fraction"] == 13 / 40
+
+    @pytest.mark.parametrize("limit", [1, 10**6])
+    def test_waits_once_in_summary_and_never_in_record(self, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(agreement_module, "_MOST_PENDING", limit)
         meter, decisions = AgreementMeter(), _decisions()
         with HostSyncs() as syncs:
             for agreement in decisions:

@@ -1,0 +1,39 @@
+"""Workspace: what is lent is nobody else's, what came back is used again."""
+
+import pytest
+import torch
+
+from gaf_ddp.workspace import Workspace
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "columns"), [(3, 1001), (1, 16), (2, 1), (0, 5), (4, 0)])
+def test_rows_begin_cache_lines_and_share_nothing(rows: int, columns: int, dtype: torch.dtype) -> None:
+    workspace = Workspace()
+    lent = [workspace.take(rows, columns, dtype) for _ in range(2)]
+    for i, matrix in enumerate(lent):
+        assert matrix.shape == (rows, columns)
+        assert matrix.dtype == dtype
+        for j, row in enumerate(matrix):
+            assert row.is_contiguous()
+            assert not columns or row.data_ptr() % 64 == 0
+            row.fill_(i * rows + j)
+    for i, matrix in enumerate(lent):
+        for j, row in enumerate(matrix):
+            assert (row == i * rows + j).all()
+
+
+def test_what_came_back_is_used_again_also_for_less() -> None:
+    workspace = Workspace()
+    first, second = workspace.take(2, 1000, torch.float32), workspace.take(2, 1000, torch.float32)
+    address = second.data_ptr()
+    workspace.give_back(second[1])  # any part
+    assert workspace.take(3, 500, torch.float32).data_ptr() == address
+    assert workspace.take(3, 500, torch.float32).data_ptr() not in (address, first.data_ptr())
+
+
+def test_memory_too_small_is_replaced_not_kept() -> None:
+    workspace = Workspace()
+    for columns in (100, 200, 400):
+        workspace.give_back(workspace.take(1, columns, torch.float32))
+    assert len(workspace._free) == 1
