@@ -156,10 +156,12 @@ class GAFState:
     def summary(self, reset: bool = True) -> dict[str, float]:
         """Return the statistics since the last reset, at one host sync; see `AgreementMeter.summary`.
 
-        Logs a warning when more than half of the decisions found no agreement: tau is too strict.
+        Logs a warning when more than half of the decisions found no agreement: tau is too strict. All ranks know
+        the same, so only the group's first one says it.
         """
         summary = self.meter.summary()
-        if summary.get("gaf/skipped_fraction", 0.0) > 0.5:
+        speaks = self._parent is None or self._parent.rank() == 0
+        if speaks and summary.get("gaf/skipped_fraction", 0.0) > 0.5:
             _logger.warning(
                 "gaf_ddp: nothing agreed in %.0f %% of the decisions; raise tau or the batch size per rank",
                 100 * summary["gaf/skipped_fraction"],

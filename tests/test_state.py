@@ -1,6 +1,7 @@
 """GAFState: its settings and what it tells."""
 
 import logging
+import logging.handlers
 from collections.abc import Callable
 from typing import Any
 
@@ -162,6 +163,24 @@ class TestSummary:
         with caplog.at_level(logging.WARNING, logger="gaf_ddp"):
             state.summary()
         assert ["raise tau or the batch size per rank" in message for message in caplog.messages] == [True] * warns
+
+
+def warnings_of_one_step(device: torch.device) -> list[str]:
+    """Return what a rank logs after a step on which opposite gradients did not agree."""
+    model = ddp(Probe([40]), device)
+    state = GAFState(tau=0.5)
+    model.register_comm_hook(state, gaf_hook)
+    model((1.0 - 2.0 * dist.get_rank()) * torch.ones(40, device=device)).backward()
+    said = logging.handlers.MemoryHandler(100)
+    logging.getLogger("gaf_ddp").addHandler(said)
+    assert state.summary()["gaf/skipped_fraction"] == 1
+    return [record.getMessage() for record in said.buffer]
+
+
+def test_one_rank_warns_for_all(ranks: Ranks) -> None:
+    first, second = ranks(2, warnings_of_one_step)
+    assert first == ["gaf_ddp: nothing agreed in 100 % of the decisions; raise tau or the batch size per rank"]
+    assert second == []
 
 
 def look_at_agreement(device: torch.device, scope: str) -> list[tuple[int, ...]]:
