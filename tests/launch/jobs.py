@@ -3,7 +3,6 @@
 import contextlib
 import io
 import os
-import socket
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -38,6 +37,7 @@ def rank_of_job(device: torch.device, port: int, arguments: list[str]) -> Outcom
     where = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
     os.environ |= {name: str(value) for name, value in where.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     warnings.resetwarnings()  # plotting and TensorBoard are not ours to keep free of them
     out, err = io.StringIO(), _Shown()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -60,11 +60,12 @@ def run_job(
     body: Callable[..., Outcome] = rank_of_job,
     **options: Any,
 ) -> list[Outcome]:
-    """Call launch.train's main on `world` ranks, as torchrun would."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return ranks(world, body, port, [str(a) for a in arguments], **options)
+    """Call launch.train's main on `world` ranks, as torchrun would: with a store that outlives the ranks.
+
+    A free port for rank 0 to listen on might be another connection's by the time it does.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return ranks(world, body, store.port, [str(a) for a in arguments], **options)
 
 
 def run_job_until_power_cut(ranks: RunRanks, world: int, arguments: Sequence[object], saves: int) -> None:
