@@ -7,20 +7,17 @@ from statistics import median_low
 import torch
 from torch import Tensor
 
-from gaf_ddp.weighting import NeighborhoodAgreement, SequentialAgreement
+from gaf_ddp.weighting import NeighborhoodAgreement, TauRule, is_tau_rule
 
 MOST = 16  # ranks; the time grows with their square
 
 
 def can_decide(gramian: Tensor, weighting: Callable[[Tensor], Tensor]) -> bool:
     """Return whether this is the faster way."""
-    known = type(weighting) in (NeighborhoodAgreement, SequentialAgreement)  # a subclass may decide otherwise
-    return known and gramian.device.type == "cpu" and len(gramian) <= MOST
+    return is_tau_rule(weighting) and gramian.device.type == "cpu" and len(gramian) <= MOST
 
 
-def decide(
-    gramian: Tensor, weighting: NeighborhoodAgreement | SequentialAgreement, max_norm_ratio: float | None
-) -> tuple[Tensor, ...]:
+def decide(gramian: Tensor, weighting: TauRule, max_norm_ratio: float | None) -> tuple[Tensor, ...]:
     """Judge a Gramian `(W, W)` by the weighting behind the voter's guards.
 
     Returns the fields of `Agreement` after the Gramian, in their order.
@@ -36,12 +33,7 @@ def decide(
     for i in voters:
         for j in voters:
             cosine[i][j] = _cosine(inner[i][j], square[i] * square[j])
-    if isinstance(weighting, NeighborhoodAgreement):
-        counts = _largest_neighborhood(cosine, voters, weighting.tau)
-    else:
-        counts = _sequence(inner, voters, weighting.tau, 0.5 if weighting.running == "half" else 1.0)
-    if len(counts) < 2 <= len(voters):  # no agreement
-        counts = {}
+    counts = _counts(weighting, inner, cosine, voters)
     poisoned = any(nonfinite) and not voters
     total = sum(counts.values())
     shares = [math.nan if poisoned else counts[i] / total if i in counts else 0.0 for i in ranks]
@@ -62,6 +54,17 @@ def decide(
         is_nonfinite,
         is_overlong,
     )
+
+
+def _counts(
+    weighting: TauRule, inner: list[list[float]], cosine: list[list[float]], voters: list[int]
+) -> dict[int, float]:
+    """Return what each kept rank counts; nothing where two or more voters left fewer than two."""
+    if isinstance(weighting, NeighborhoodAgreement):
+        counts = _largest_neighborhood(cosine, voters, weighting.tau)
+    else:
+        counts = _sequence(inner, voters, weighting.tau, weighting.factor)
+    return {} if len(counts) < 2 <= len(voters) else counts
 
 
 def _largest_neighborhood(cosine: list[list[float]], voters: list[int], tau: float) -> dict[int, float]:

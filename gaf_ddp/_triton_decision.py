@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gaf_ddp._triton import can_combine, programs_on
-from gaf_ddp.weighting import NeighborhoodAgreement, SequentialAgreement
+from gaf_ddp.weighting import SequentialAgreement, TauRule, is_tau_rule
 
 _LARGEST = 1024  # ranks
 _LARGEST_COMBINED = 16  # ranks; every program takes the whole decision again
@@ -20,8 +20,7 @@ _LARGEST_COMBINED = 16  # ranks; every program takes the whole decision again
 
 def can_decide(gramian: Tensor, weighting: Callable[[Tensor], Tensor]) -> bool:
     """Return whether `decide` takes this Gramian and this weighting."""
-    known = type(weighting) in (NeighborhoodAgreement, SequentialAgreement)  # a subclass may decide otherwise
-    return known and gramian.dtype == torch.float32 and 2 <= len(gramian) <= _LARGEST
+    return is_tau_rule(weighting) and gramian.dtype == torch.float32 and 2 <= len(gramian) <= _LARGEST
 
 
 def can_decide_and_combine(
@@ -31,9 +30,7 @@ def can_decide_and_combine(
     return can_decide(gramian, weighting) and len(gramian) <= _LARGEST_COMBINED and can_combine(rows, out)
 
 
-def decide(
-    gramian: Tensor, weighting: NeighborhoodAgreement | SequentialAgreement, max_norm_ratio: float | None
-) -> tuple[Tensor, ...]:
+def decide(gramian: Tensor, weighting: TauRule, max_norm_ratio: float | None) -> tuple[Tensor, ...]:
     """Judge a Gramian `(W, W)` by the weighting behind the voter's guards.
 
     Returns the fields of `Agreement` after the Gramian, in their order.
@@ -43,7 +40,7 @@ def decide(
 
 def decide_and_combine(
     gramian: Tensor,
-    weighting: NeighborhoodAgreement | SequentialAgreement,
+    weighting: TauRule,
     max_norm_ratio: float | None,
     rows: Tensor,
     out: Tensor,
@@ -54,7 +51,7 @@ def decide_and_combine(
 
 def _launch(
     gramian: Tensor,
-    weighting: NeighborhoodAgreement | SequentialAgreement,
+    weighting: TauRule,
     max_norm_ratio: float | None,
     rows: Tensor | None,
     out: Tensor | None,
@@ -72,7 +69,7 @@ def _launch(
         weighting.tau, float("inf") if max_norm_ratio is None else max_norm_ratio, rows, out, columns,
         COUNT=count, PADDED=padded, TILE=min(padded, max(1, 8192 // padded)),
         SEQUENTIAL=isinstance(weighting, SequentialAgreement),
-        FACTOR=0.5 if getattr(weighting, "running", "mean") == "half" else 1.0,
+        FACTOR=getattr(weighting, "factor", 1.0),
         COMBINES=rows is not None, BLOCK=block, num_warps=4 if padded <= 64 else 8,
     )  # fmt: skip
     return cosine, weights, kept, agreed, voters, nonfinite, overlong

@@ -6,7 +6,8 @@ Distances are cosine distances, `1 − cos`, in [0, 2].
 """
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeGuard
 
 import torch
 from torch import Tensor
@@ -91,6 +92,11 @@ class SequentialAgreement(Weighting):
             raise ValueError(f"running must be 'mean' or 'half', found {running!r}")
         self.running = running
 
+    @property
+    def factor(self) -> float:
+        """What the running combination is multiplied by with each gradient that joins it."""
+        return 0.5 if self.running == "half" else 1.0
+
     def __call__(self, gramian: Tensor) -> Tensor:
         """Return the weights `(W,)`."""
         voters = present(gramian)
@@ -104,7 +110,7 @@ class SequentialAgreement(Weighting):
             length = (row[i] * square).sqrt()
             distance = 1 - torch.where(length > 0, against[i] / length, 0).clamp(-1, 1)
             keep = voters[i] & (first | (distance <= self.tau))
-            factor = torch.where(first, 1.0, 0.5 if self.running == "half" else 1.0)
+            factor = torch.where(first, 1.0, self.factor)
             square = torch.where(keep, factor**2 * (square + 2 * against[i] + row[i]), square)
             against = torch.where(keep, factor * (against + row), against)
             weights = torch.where(keep, factor * (weights + one_hot[i]), weights)
@@ -114,6 +120,14 @@ class SequentialAgreement(Weighting):
     def __repr__(self) -> str:
         """Return the constructor call."""
         return f"SequentialAgreement(tau={self.tau}, running={self.running!r})"
+
+
+TauRule = NeighborhoodAgreement | SequentialAgreement
+
+
+def is_tau_rule(weighting: Callable[[Tensor], Tensor]) -> TypeGuard[TauRule]:
+    """Return whether it is one of these rules, which have faster ways; a subclass may decide otherwise."""
+    return type(weighting) in (NeighborhoodAgreement, SequentialAgreement)
 
 
 def cosine(gramian: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ class Workspace:
     def take(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """Return an uninitialised matrix `(rows, columns)`, in the smallest free memory that holds it.
 
-        Each row begins a cache line: products of rows that do not took up to 1.4 times as long.
+        Each row begins a cache line: products of rows that do not take longer.
         """
         stride = -(-columns * dtype.itemsize // CACHE_LINE) * CACHE_LINE // dtype.itemsize
         size = rows * stride * dtype.itemsize
