@@ -124,11 +124,11 @@ def _assert_equal(fused: tuple[torch.Tensor, ...], reference: Agreement, case: o
 
 
 @needs_kernels
-@pytest.mark.parametrize("world_size", [2, 7, 33, 130])
+@pytest.mark.parametrize("world_size", [2, 3, 7, 33, 130])
 def test_the_decision_equals_the_reference(world_size: int) -> None:
     from gaf_ddp import _triton_decision
 
-    for case in range(27 if world_size < 33 else 4):
+    for case in range(27 if world_size < 33 else 8):
         measured = gramian.gram(_awkward_rows(world_size, case))
         tau, ratio = (0.25, 0.875, 1.0, 2.0, 0.0)[case % 5], (10.0, None)[case % 2]
         for rule in _rules(tau):
