@@ -58,7 +58,13 @@ def gaf_hook(
     promise = lane.promise()
     first, last = bucket.index() == 0, bucket.is_last()
     share = Share(buffer, bucket.parameters(), first, last, promise, exchange, exchange.scatter(buffer))
-    return lane.run(partial(_filter, state, share), promise)
+    # DDP copies one bucket's result into the gradients while others' are on their way; not so in the first step:
+    # ranks that fail there must not enter the next forward, where DDP broadcasts new buckets.
+    first_step = state.step == 0
+    lane.run(partial(_filter, state, share))
+    if last:
+        lane.run(partial(_land, state), awaited=first_step)
+    return lane.result(promise)
 
 
 def _filter(state: GAFState, share: Share) -> None:
@@ -76,8 +82,6 @@ def _filter(state: GAFState, share: Share) -> None:
     for share, rows, _ in waiting:
         state.send(share, share.exchange.gather(rows, verdict, share.buffer))
     state.record(verdict.agreement, [share for share, _, _ in waiting])
-    if share.is_last:  # not before: DDP asks for no result until the end, and the way back takes a while
-        _land(state)
 
 
 def _land(state: GAFState) -> None:

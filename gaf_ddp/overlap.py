@@ -56,14 +56,22 @@ class ThreadLane:
         self._promises.append(Future())
         return self._promises[-1]
 
-    def run(self, work: Callable[[], None], promise: Promise) -> Promise:
-        """Queue the work; return a future of what it puts into the promise."""
+    def run(self, work: Callable[[], None], awaited: bool = True) -> None:
+        """Queue the work.
+
+        If awaited, the end of backward waits for it, before DDP looks at any promise, and raises what it raised.
+        If not, DDP waits for the promises alone, and quotes in a RuntimeError what the work raised.
+        """
         task = self._executor.submit(self._guarded, work)
+        if not awaited:
+            return
         try:
-            # Runs at the end of backward, before DDP waits for the promise, and re-raises what the work raised.
             Variable._execution_engine.queue_callback(partial(self._finish, task))
         except RuntimeError:  # not inside backward: DDP's Join shadows the hook of a rank that ran out of inputs
             self._finish(task)
+
+    def result(self, promise: Promise) -> Promise:
+        """Return what DDP is to wait for: the promise, or the error in its place."""
         return promise.then(self._checked)
 
     def _guarded(self, work: Callable[[], None]) -> None:
@@ -109,11 +117,14 @@ class StreamLane:
         """Return an empty future that makes whoever waits for it wait for the device, not the host."""
         return Future(devices=[self._device])
 
-    def run(self, work: Callable[[], None], promise: Promise) -> Promise:
-        """Enqueue the work behind everything on the current stream; return the promise it fills."""
+    def run(self, work: Callable[[], None], awaited: bool = True) -> None:
+        """Enqueue the work behind everything on the current stream."""
         self._stream.wait_stream(self._module.current_stream(self._device))
         with self._module.stream(self._stream), torch.no_grad():
             work()
+
+    def result(self, promise: Promise) -> Promise:
+        """Return the promise: what went wrong in the work was raised at once."""
         return promise
 
 
