@@ -1,15 +1,18 @@
 """Draw what the benchmarks wrote into a folder: python -m benchmarks.pictures [FOLDER].
 
-`collectives*.json` become collectives.png, `step_time*.json` step_time.png. Times are ratios within one run.
+`collectives*.json` become collectives.png, `step_time*.json` step_time.png, and `batch*.json`, of `step_time` too,
+batch.png. Times are ratios within one run.
 """
 
 import argparse
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent / "results"
 COLOURS = {"gaf_sharded": "#0072B2", "gaf_gather": "#D55E00"}
+SCOPES = {"gaf-bucket-sharded": "#0072B2", "gaf-model-sharded": "#009E73"}
 MARKERS = "osD^v"
 
 
@@ -69,12 +72,39 @@ def draw_step_time(results: list[dict[str, Any]], path: Path) -> None:
     _save(figure, results[0], path)
 
 
+def draw_batches(results: list[dict[str, Any]], path: Path) -> None:
+    """Backward in both scopes relative to plain DDP, over each rank's batch, one line per number of ranks."""
+    figure, axis = _pyplot().subplots(figsize=(6, 3.6))
+    worlds = sorted({result["hardware"]["world_size"] for result in results})
+    for (hook, colour), (i, world) in product(SCOPES.items(), enumerate(worlds)):
+        points = sorted(
+            (result["hardware"]["input"][0], row["backward"]["median"])
+            for result in results
+            for row in result["rows"]
+            if row["hook"] == hook and result["hardware"]["world_size"] == world
+        )
+        name = f"{hook.split('-')[1]} scope, {world} ranks"
+        axis.plot(*zip(*points, strict=True), f"{MARKERS[i]}-", color=colour, alpha=1 - 0.4 * i, label=name)
+    sizes = sorted({result["hardware"]["input"][0] for result in results})
+    axis.axhline(1.0, color="0.6", linewidth=1)
+    axis.set(xscale="log", xlabel="images of each rank in a step", ylabel="time of backward, plain DDP = 1")
+    axis.set_title(f"resnet18, {_link(results[0])}")
+    axis.set_xticks(sizes, map(str, sizes))
+    axis.minorticks_off()
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    _save(figure, results[0], path)
+
+
+DRAWN = {"collectives": draw_collectives, "step_time": draw_step_time, "batch": draw_batches}
+
+
 def main() -> None:
     """Draw every picture there are results for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, nargs="?", default=HERE)
     folder = parser.parse_args().folder
-    for name, draw in (("collectives", draw_collectives), ("step_time", draw_step_time)):
+    for name, draw in DRAWN.items():
         if results := read(folder, name):
             draw(results, folder / f"{name}.png")
             print(folder / f"{name}.png")

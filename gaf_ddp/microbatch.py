@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gaf_ddp.weighting import require_tau
+from gaf_ddp.weighting import SequentialAgreement
 
 
 class MicrobatchFilter:
@@ -42,10 +42,8 @@ class MicrobatchFilter:
         *,
         running: Literal["mean", "half"] = "mean",
     ) -> None:
-        self.tau = require_tau(tau)
-        if running not in ("mean", "half"):
-            raise ValueError(f"running must be 'mean' or 'half', found {running!r}")
-        self.running = running
+        rule = SequentialAgreement(tau, running)
+        self.tau, self.running, self._factor = rule.tau, rule.running, rule.factor
         self._parameters = [p for p in parameters if p.requires_grad]
         if not self._parameters:
             raise ValueError("parameters must hold at least one that requires a gradient, found none")
@@ -71,7 +69,7 @@ class MicrobatchFilter:
         voter = square.isfinite() & (square > 0)
         first = self._kept == 0
         keep = voter & (first | (distance <= self.tau))
-        factor = torch.where(keep & ~first, 0.5 if self.running == "half" else 1.0, 1.0)
+        factor = torch.where(keep & ~first, self._factor, 1.0)
         self._fold(gradients, keep, factor)
         self._kept = self._kept + keep
         self._voters = self._voters + voter

@@ -155,3 +155,71 @@ def open_sibling(device: torch.device) -> tuple[float, bool, list[int]]:
 def test_a_lane_has_its_own_group_with_the_parents_ranks_and_timeout(gloo_ranks: Ranks) -> None:
     found = gloo_ranks(4, open_sibling)
     assert found == [(17.0, False, [0, 2]), (17.0, False, [1, 3])] * 2
+
+
+def run_unawaited(device: torch.device) -> None:
+    """Let only the promise wait for the work, and find its error where DDP waits and in the next step."""
+    lane = open_lane(dist.distributed_c10d._get_default_group(), device)
+    gate, promise = threading.Event(), lane.promise()
+
+    def fill() -> None:
+        gate.wait(20)
+        promise.set_result(torch.ones(1))
+
+    lane.run(fill, awaited=False)
+    assert not promise.done()
+    gate.set()
+    assert lane.result(promise).wait().item() == 1
+
+    def fail() -> None:
+        raise LookupError("nothing arrived")
+
+    unfilled = lane.promise()
+    lane.run(fail, awaited=False)
+    with pytest.raises(RuntimeError, match="LookupError: nothing arrived"):
+        lane.result(unfilled).wait()
+    with pytest.raises(LookupError, match="nothing arrived"):
+        lane.promise()
+
+
+def test_what_is_not_awaited_holds_up_only_its_promise(gloo_ranks: Ranks) -> None:
+    gloo_ranks(1, run_unawaited)
+
+
+def watch_copies(device: torch.device, scope: str) -> list[bool]:
+    """Return for each step of many buckets whether DDP copied the first result before the last one was there."""
+    model = ddp(nn.Sequential(*(nn.Linear(30, 30, bias=False) for _ in range(4))), device, bucket_cap_mb=0.001)
+    state = GAFState(scope=scope)  # type: ignore[arg-type]
+    model.register_comm_hook(state, gaf_hook)
+    copied: list[bool] = []
+    take_sent = state.sent
+
+    def sent_with_a_late_last() -> list[Any]:
+        sent = take_sent()
+        if len(sent) < 4:  # DDP's first step has one bucket
+            return sent
+        (first, _), (last, arrive) = sent[0], sent[-1]
+        (parameter,) = first.parameters
+
+        def arrive_late() -> None:
+            deadline = time.monotonic() + 5
+            while not (done := torch.equal(parameter.grad.flatten(), first.buffer)):  # type: ignore[union-attr]
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.001)
+            copied.append(done)
+            arrive()
+
+        return [*sent[:-1], (last, arrive_late)]
+
+    state.sent = sent_with_a_late_last  # type: ignore[method-assign]
+    x = torch.randn(3, 30, generator=torch.Generator().manual_seed(dist.get_rank())).to(device)
+    for _ in range(3):
+        model.zero_grad()
+        model(x).square().sum().backward()
+    return copied
+
+
+def test_ddp_copies_one_result_while_others_are_on_their_way(gloo_ranks: Ranks) -> None:
+    for copied in gloo_ranks(2, watch_copies, "model"):
+        assert copied == [True, True]

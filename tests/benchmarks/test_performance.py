@@ -71,5 +71,5 @@ def test_pictures_of_the_committed_results(tmp_path: Path) -> None:
         (tmp_path / path.name).write_text(path.read_text())
     command = [sys.executable, "-m", "benchmarks.pictures", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, timeout=100)
-    for name in ("collectives.png", "step_time.png"):
+    for name in ("collectives.png", "step_time.png", "batch.png"):
         assert (tmp_path / name).stat().st_size > 10_000
