@@ -1,13 +1,14 @@
 """Draw what the benchmarks wrote into a folder: python -m benchmarks.pictures [FOLDER].
 
 `collectives*.json` become collectives.png, `step_time*.json` step_time.png, and `batch*.json`, of `step_time` too,
-batch.png. Times are ratios within one run.
+batch.png. Times are ratios within one run; several runs of one setting are all drawn.
 """
 
 import argparse
 import json
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 HERE = Path(__file__).parent / "results"
@@ -73,18 +74,16 @@ def draw_step_time(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def draw_batches(results: list[dict[str, Any]], path: Path) -> None:
-    """Backward in both scopes relative to plain DDP, over each rank's batch, one line per number of ranks."""
+    """Backward in both scopes relative to plain DDP, over each rank's batch: every run, a line through the medians."""
     figure, axis = _pyplot().subplots(figsize=(6, 3.6))
     worlds = sorted({result["hardware"]["world_size"] for result in results})
     for (hook, colour), (i, world) in product(SCOPES.items(), enumerate(worlds)):
-        points = sorted(
-            (result["hardware"]["input"][0], row["backward"]["median"])
-            for result in results
-            for row in result["rows"]
-            if row["hook"] == hook and result["hardware"]["world_size"] == world
-        )
+        runs = _by_batch(results, hook, world)
+        look = {"color": colour, "alpha": 1 - 0.4 * i}
         name = f"{hook.split('-')[1]} scope, {world} ranks"
-        axis.plot(*zip(*points, strict=True), f"{MARKERS[i]}-", color=colour, alpha=1 - 0.4 * i, label=name)
+        axis.plot(list(runs), [median(ratios) for ratios in runs.values()], f"{MARKERS[i]}-", label=name, **look)
+        points = [(size, ratio) for size, ratios in runs.items() for ratio in ratios]
+        axis.plot(*zip(*points, strict=True), MARKERS[i], markersize=3, **look)
     sizes = sorted({result["hardware"]["input"][0] for result in results})
     axis.axhline(1.0, color="0.6", linewidth=1)
     axis.set(xscale="log", xlabel="images of each rank in a step", ylabel="time of backward, plain DDP = 1")
@@ -94,6 +93,16 @@ def draw_batches(results: list[dict[str, Any]], path: Path) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
     _save(figure, results[0], path)
+
+
+def _by_batch(results: list[dict[str, Any]], hook: str, world: int) -> dict[int, list[float]]:
+    """Return each run's ratio of backward, by the images of each rank in a step."""
+    found: dict[int, list[float]] = {}
+    for result in sorted(results, key=lambda result: result["hardware"]["input"][0]):
+        if result["hardware"]["world_size"] == world:
+            ratios = found.setdefault(result["hardware"]["input"][0], [])
+            ratios += [row["backward"]["median"] for row in result["rows"] if row["hook"] == hook]
+    return found
 
 
 DRAWN = {"collectives": draw_collectives, "step_time": draw_step_time, "batch": draw_batches}

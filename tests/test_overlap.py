@@ -220,6 +220,7 @@ def watch_copies(device: torch.device, scope: str) -> list[bool]:
     return copied
 
 
-def test_ddp_copies_one_result_while_others_are_on_their_way(gloo_ranks: Ranks) -> None:
-    for copied in gloo_ranks(2, watch_copies, "model"):
+@every_scope
+def test_ddp_copies_one_result_while_others_are_on_their_way(gloo_ranks: Ranks, scope: str) -> None:
+    for copied in gloo_ranks(2, watch_copies, scope):
         assert copied == [True, True]
