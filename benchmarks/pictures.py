@@ -74,7 +74,7 @@ def draw_step_time(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def draw_batches(results: list[dict[str, Any]], path: Path) -> None:
-    """Backward in both scopes relative to plain DDP, over each rank's batch: every run, a line through the medians."""
+    """Backward in both scopes relative to plain DDP, over each rank's batch: all runs, a line by their medians."""
     figure, axis = _pyplot().subplots(figsize=(6, 3.6))
     worlds = sorted({result["hardware"]["world_size"] for result in results})
     for (hook, colour), (i, world) in product(SCOPES.items(), enumerate(worlds)):
