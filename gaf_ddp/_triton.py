@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+OPTIONS = {"enable_fp_fusion": True}  # Triton warns where it is left to a default that will change
 _LARGEST_GRAM = 64  # ranks; above, a slice is so short that torch's own product is no bottleneck
 
 
@@ -34,18 +35,20 @@ def gram(rows: Tensor) -> Tensor:
     block = 8192 // (padded * padded) if in_registers else (128 if rows.dtype == torch.float32 else 256)
     programs = max(1, min(triton.cdiv(columns, block), programs_on(rows.device)))
     partial = torch.empty(programs, count, count, dtype=torch.float32, device=rows.device)
-    _gram_kernel[(programs,)](
-        rows,
-        partial,
-        columns,
-        COUNT=count,
-        PADDED=padded,
-        BLOCK=block,
-        IN_REGISTERS=in_registers,
-        # TF32 holds every float16 and bfloat16 exactly; three TF32 products make a float32 one.
-        PRECISION="tf32x3" if rows.dtype == torch.float32 else "tf32",
-        num_warps=4,
-    )
+    with torch.cuda.device_of(rows):  # Triton launches on the current device
+        _gram_kernel[(programs,)](
+            rows,
+            partial,
+            columns,
+            COUNT=count,
+            PADDED=padded,
+            BLOCK=block,
+            IN_REGISTERS=in_registers,
+            # TF32 holds every float16 and bfloat16 exactly; three TF32 products make a float32 one.
+            PRECISION="tf32x3" if rows.dtype == torch.float32 else "tf32",
+            num_warps=4,
+            **OPTIONS,
+        )
     return partial.sum(0, dtype=torch.float64).float()
 
 
@@ -54,10 +57,17 @@ def combine(rows: Tensor, weights: Tensor, out: Tensor) -> Tensor:
     count, columns = rows.shape
     block = 2048
     if columns:
-        _combine_kernel[(triton.cdiv(columns, block),)](
-            rows.contiguous(), weights.float(), out, columns, COUNT=count, BLOCK=block, num_warps=8
-        )
+        with torch.cuda.device_of(rows):
+            _combine_kernel[(triton.cdiv(columns, block),)](
+                rows.contiguous(), weights.float(), out, columns, COUNT=count, BLOCK=block, num_warps=8, **OPTIONS
+            )
     return out
+
+
+def probe(device: torch.device) -> None:
+    """Compile and launch one kernel; raise what Triton raises where it cannot, e.g. without a C compiler."""
+    row = torch.ones(1, 1, device=device)
+    combine(row, row[0], torch.empty_like(row[0]))
 
 
 def programs_on(device: torch.device) -> int:

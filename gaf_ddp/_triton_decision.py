@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gaf_ddp._triton import can_combine, programs_on
+from gaf_ddp._triton import OPTIONS, can_combine, programs_on
 from gaf_ddp.weighting import SequentialAgreement, TauRule, is_tau_rule
 
 _LARGEST = 1024  # ranks
@@ -64,14 +64,15 @@ def _launch(
     agreed = torch.empty((), dtype=torch.bool, device=device)
     columns = 0 if rows is None else rows.shape[1]
     programs = max(1, min(triton.cdiv(columns, block), programs_on(device)))
-    _decision_kernel[(programs,)](
-        gramian.contiguous(), cosine, weights, kept, agreed, voters, nonfinite, overlong,
-        weighting.tau, float("inf") if max_norm_ratio is None else max_norm_ratio, rows, out, columns,
-        COUNT=count, PADDED=padded, TILE=min(padded, max(1, 8192 // padded)),
-        SEQUENTIAL=isinstance(weighting, SequentialAgreement),
-        FACTOR=getattr(weighting, "factor", 1.0),
-        COMBINES=rows is not None, BLOCK=block, num_warps=4 if padded <= 64 else 8,
-    )  # fmt: skip
+    with torch.cuda.device_of(gramian):  # Triton launches on the current device
+        _decision_kernel[(programs,)](
+            gramian.contiguous(), cosine, weights, kept, agreed, voters, nonfinite, overlong,
+            weighting.tau, float("inf") if max_norm_ratio is None else max_norm_ratio, rows, out, columns,
+            COUNT=count, PADDED=padded, TILE=min(padded, max(1, 8192 // padded)),
+            SEQUENTIAL=isinstance(weighting, SequentialAgreement),
+            FACTOR=getattr(weighting, "factor", 1.0),
+            COMBINES=rows is not None, BLOCK=block, num_warps=4 if padded <= 64 else 8, **OPTIONS,
+        )  # fmt: skip
     return cosine, weights, kept, agreed, voters, nonfinite, overlong
 
 

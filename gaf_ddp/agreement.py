@@ -143,10 +143,9 @@ class AgreementMeter:
         if not self._pending:
             return
         pending, self._pending = self._pending, []
-        device = pending[0].kept.device  # a model on several devices has decisions on each
         names = ("kept", "voters", "nonfinite", "overlong", "agreed", "cosine")
         kept, voters, nonfinite, overlong, agreed, cosine = (  # (decisions, W), agreed one, cosine W² for each
-            torch.stack([getattr(agreement, name).to(device) for agreement in pending]) for name in names
+            torch.stack([getattr(agreement, name) for agreement in pending]) for name in names
         )
         zero = ~(voters | nonfinite | overlong)
         ranks = torch.stack([kept, nonfinite, overlong, zero]).sum(1, dtype=torch.float64)

@@ -95,8 +95,8 @@ class ShardedExchange:
     """The bytes of an all-reduce: all-to-all of 1/W slices, a Gramian all-reduce, all-gather of the result.
 
     Rank r judges elements `[r n, (r + 1) n)` of every bucket, `n = ceil(N / W)`, computes their final bits and
-    everyone copies them. Sends `2 (W − 1)/W N` elements and at most W² floats per rank, holds about N. A bucket
-    that W does not divide travels in a padded copy.
+    everyone copies them. Sends `2 (W − 1)/W N` elements per rank, all-reduces at most W² floats, holds about N.
+    A bucket that W does not divide travels in a padded copy.
     """
 
     def __init__(self, group: dist.ProcessGroup, wire_dtype: torch.dtype | None = None) -> None:
@@ -242,7 +242,8 @@ MOST_SWAPPING = 16  # ranks whose Gramians are swapped whole, in one hop, and no
 
 
 # Up to this many bytes in all, latency is a bucket's time on an accelerator (not measured yet). On the CPU
-# gathering never won at W = 4, nor from 256 KB at W = 2: benchmarks/results/collectives_gloo_w2.json and _w4.json.
+# gathering never won at W = 4, and is not used; at W = 2 it did up to 1 MB, where a bucket takes 0.1 to 3 ms:
+# benchmarks/results/collectives_gloo_w2.json and _w4.json.
 _LATENCY_BYTES = 65_536
 
 

@@ -6,6 +6,7 @@ lie: a rank's own gradient need not be copied beside the others' to be judged wi
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib import import_module
@@ -157,14 +158,26 @@ def filter_gradients(rows: Tensor, weighting: Callable[[Tensor], Tensor]) -> Ten
 def kernels(device_type: str, name: str = "_triton") -> ModuleType | None:
     """Return the module of fused kernels of that name for a device type, or None where plain torch does the work.
 
-    They run on NVIDIA GPUs where Triton is installed; the environment variable `GAF_DDP_TRITON=0` turns them off.
+    They run on NVIDIA GPUs where Triton is installed and can compile; the environment variable `GAF_DDP_TRITON=0`
+    turns them off. All ranks should have them, or none: Triton's tau is a float32.
     """
+    return import_module(f"gaf_ddp.{name}") if _has_kernels(device_type) else None
+
+
+@cache
+def _has_kernels(device_type: str) -> bool:
     if device_type != "cuda" or torch.version.hip is not None or os.environ.get("GAF_DDP_TRITON") == "0":
-        return None
+        return False
     try:
-        return import_module(f"gaf_ddp.{name}")
+        fused = import_module("gaf_ddp._triton")
     except ImportError:
-        return None
+        return False
+    try:
+        fused.probe(torch.device(device_type))
+    except Exception as error:  # whatever its compiler may raise: none of it need stop training
+        warnings.warn(f"gaf_ddp: Triton cannot compile here, plain torch does its work: {error}", stacklevel=2)
+        return False
+    return True
 
 
 def _pieces(rows: Rows, columns: int) -> Iterator[tuple[Tensor, ...]]:

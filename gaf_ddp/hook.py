@@ -28,9 +28,10 @@ def gaf_hook(
 
         model.register_comm_hook(GAFState(tau=0.97), gaf_hook)
 
-    With the sharded exchange it sends an all-reduce's bytes: per rank `2 (W − 1)/W N` elements, and at most `W²`
-    floats. On CPU groups a thread works beside backward; on accelerators everything is enqueued on a side stream
-    and the host waits for nothing.
+    With the sharded exchange it sends an all-reduce's bytes, per rank `2 (W − 1)/W N` elements, and all-reduces
+    at most `W²` floats; on the CPU, up to 16 ranks, `(W − 1) W²` of them in one hop. On CPU groups a thread works
+    beside backward; on accelerators everything is enqueued on a side stream and the host waits for nothing. The
+    first bucket also compares the ranks' settings.
 
     Args:
         state: settings and statistics; one state per DDP model.
@@ -40,9 +41,12 @@ def gaf_hook(
         A future of the bucket's buffer. What a rank raises on the way comes out of its `backward()`.
 
     Raises:
-        TypeError: bucket is no GradBucket, or holds a sparse gradient.
-        ValueError: there is no process group, or tau's schedule or the weighting returned something invalid.
+        TypeError: state is no GAFState, bucket is no GradBucket, or holds a sparse gradient.
+        ValueError: there is no process group, the ranks' settings differ, the model is on several devices, or
+            tau's schedule or the weighting returned something invalid.
     """
+    if not isinstance(state, GAFState):
+        raise TypeError(f"state must be a GAFState, found {state!r}; register_comm_hook(GAFState(), gaf_hook)")
     if not isinstance(bucket, dist.GradBucket):  # type: ignore[attr-defined]
         raise TypeError(
             f"bucket must be a torch.distributed.GradBucket, found {type(bucket).__name__}; "
@@ -95,8 +99,5 @@ def _total(gramians: list[torch.Tensor]) -> torch.Tensor:
     """Return the sum, in float64 where one of them is."""
     if len(gramians) == 1:
         return gramians[0]
-    return (
-        torch.stack([g.to(gramians[0].device, torch.float64) for g in gramians])
-        .sum(0)
-        .to(torch.float64 if any(g.dtype == torch.float64 for g in gramians) else torch.float32)
-    )
+    wide = torch.float64 if any(g.dtype == torch.float64 for g in gramians) else torch.float32
+    return torch.stack([g.double() for g in gramians]).sum(0).to(wide)

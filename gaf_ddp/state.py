@@ -11,11 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gaf_ddp.agreement import Agreement, AgreementMeter
+from gaf_ddp.compatibility import require_same
 from gaf_ddp.exchange import Exchange, Exchanges
 from gaf_ddp.gramian import Rows
 from gaf_ddp.momenta import Momenta
 from gaf_ddp.overlap import Lane, Promise, open_lane
-from gaf_ddp.weighting import Mean, NeighborhoodAgreement, require_tau
+from gaf_ddp.weighting import Mean, NeighborhoodAgreement, is_tau_rule, require_tau
 
 _logger = logging.getLogger(__name__)
 
@@ -64,7 +65,8 @@ class GAFState:
             on every rank: seed one that draws random numbers.
         exchange: `"sharded"` (all-reduce's bytes), `"gather"` (the plain reading), `"auto"` (sharded; on
             accelerators in bucket scope, gather for buckets too small for bandwidth to matter).
-        wire_dtype: dtype the gradients travel in, e.g. `torch.bfloat16`; products and sums stay in float32.
+        wire_dtype: dtype the gradients travel in, e.g. `torch.bfloat16`; products and sums stay in float32. What
+            float16 cannot hold, beyond 65504 or below 6e-8, becomes inf or 0.
         max_norm_ratio: a rank whose gradient is longer than this many lower median norms has no vote; None
             switches the guard off.
 
@@ -73,7 +75,8 @@ class GAFState:
         agreement: the last step's `Agreement`, on the device; None before the first step.
         decisions: the last step's decisions with their parameters, one in model scope, one per bucket otherwise.
 
-    Memory: bucket scope about one bucket beside DDP's own; model scope about one gradient; vote_momentum one
+    Memory: bucket scope about one bucket beside DDP's own on accelerators, on the CPU as many as wait for the
+    thread, up to one gradient; model scope about one gradient; vote_momentum one
     float32 gradient more, W with the gather exchange; wire_dtype on the CPU up to one gradient in that dtype.
     A pickled state leaves process group and momenta behind.
 
@@ -139,7 +142,7 @@ class GAFState:
         self.meter = AgreementMeter()
 
         self._parent: dist.ProcessGroup | None = None
-        self._lanes: dict[torch.device, tuple[Lane, Exchanges]] = {}
+        self._connection: tuple[torch.device, Lane, Exchanges] | None = None
         self._waiting: list[tuple[Share, Rows, Tensor]] = []
         self._decided: list[Decision] = []
         self._sent: list[tuple[Share, Callable[[], None]]] = []
@@ -156,15 +159,18 @@ class GAFState:
     def summary(self, reset: bool = True) -> dict[str, float]:
         """Return the statistics since the last reset, at one host sync; see `AgreementMeter.summary`.
 
-        Logs a warning when more than half of the decisions found no agreement: tau is too strict. All ranks know
-        the same, so only the group's first one says it.
+        Logs a warning when more than half of the decisions found no agreement: tau is too strict, or gradients are
+        not finite. All ranks know the same, so only the group's first one says it.
         """
         summary = self.meter.summary()
         speaks = self._parent is None or self._parent.rank() == 0
         if speaks and summary.get("gaf/skipped_fraction", 0.0) > 0.5:
             _logger.warning(
-                "gaf_ddp: nothing agreed in %.0f %% of the decisions; raise tau or the batch size per rank",
+                "gaf_ddp: nothing agreed in %.0f %% of the decisions; %s",
                 100 * summary["gaf/skipped_fraction"],
+                "gradients are not finite: is wire_dtype float16, or the learning rate or loss scale too large?"
+                if summary["gaf/nonfinite_fraction"] > 0.5
+                else "raise tau or the batch size per rank",
             )
         if reset:
             self.meter.reset()
@@ -176,6 +182,7 @@ class GAFState:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore `state_dict()`; the world size may differ, statistics per rank then start anew."""
+        _require({"step", "meter"} <= state_dict.keys(), "state_dict must hold step and meter", sorted(state_dict))
         self.step = state_dict["step"]
         self.meter.load_state_dict(state_dict["meter"])
 
@@ -187,7 +194,7 @@ class GAFState:
             "process_group": None,
             "momenta": self.momenta and self.momenta.anew(),
             "_parent": None,
-            "_lanes": {},
+            "_connection": None,
             "_waiting": [],
             "_decided": [],
             "_sent": [],
@@ -200,18 +207,36 @@ class GAFState:
         """Return where a bucket is worked on and how it travels; made at the first bucket, anew for a new group.
 
         The choice follows from the settings, W and the bucket's bytes alone: the same on every rank.
+
+        Raises:
+            ValueError: there is no group, the ranks' settings differ, or the buckets' devices do.
         """
         parent = self.process_group or dist.group.WORLD
         if parent is None:
             raise ValueError("process_group is None and there is no default group: call init_process_group first")
         if parent is not self._parent:
-            self._parent, self._lanes = parent, {}
-        if buffer.device not in self._lanes:
+            self._parent, self._connection = parent, None
+        if self._connection is None:
             lane = open_lane(parent, buffer.device)
-            self._lanes[buffer.device] = lane, Exchanges(lane.group, self.wire_dtype, lane.small_messages)
-        lane, exchanges = self._lanes[buffer.device]
+            require_same(self._shared_settings(), lane.group)
+            exchanges = Exchanges(lane.group, self.wire_dtype, lane.small_messages)
+            self._connection = buffer.device, lane, exchanges
+        device, lane, exchanges = self._connection
+        if buffer.device != device:
+            rule = "all parameters of a rank's model must be on one device"
+            raise ValueError(f"{rule}, found {device} and {buffer.device}")
         name = "sharded" if self.exchange == "auto" and self.scope == "model" else self.exchange
         return lane, exchanges.choose(name, buffer)
+
+    def _shared_settings(self) -> dict[str, str]:
+        """Return what must be the same on every rank; of callables only their names can be compared."""
+        names = ("scope", "exchange", "wire_dtype", "start_step", "max_norm_ratio", "vote_momentum", "step")
+        tau = "a schedule" if callable(self.tau) else repr(self.tau)
+        rule = self.weighting
+        weighting = (
+            repr(rule) if rule and is_tau_rule(rule) else getattr(rule, "__qualname__", type(rule).__name__)
+        )
+        return {"tau": tau, "weighting": weighting} | {name: repr(getattr(self, name)) for name in names}
 
     def weighting_now(self) -> Callable[[Tensor], Tensor]:
         """Return the weighting of the current step."""

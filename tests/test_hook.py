@@ -242,6 +242,12 @@ def test_one_rank_gets_its_gradient_back_and_one_warning(ranks: Ranks, scope: st
         assert messages == ["gaf_ddp: world size 1, there are no other gradients to filter against"]
 
 
+@pytest.mark.parametrize("state", [None, GAFState, 0.9])
+def test_refuses_what_is_no_state(state: Any) -> None:
+    with pytest.raises(TypeError, match=r"state must be a GAFState, found .*; register_comm_hook\(GAFState\(\)"):
+        gaf_hook(state, None)
+
+
 def test_refuses_what_is_no_bucket() -> None:
     with pytest.raises(TypeError, match=r"bucket must be a torch.distributed.GradBucket, found tuple"):
         gaf_hook(GAFState(), (torch.ones(2), None))

@@ -164,6 +164,30 @@ class TestSummary:
             state.summary()
         assert ["raise tau or the batch size per rank" in message for message in caplog.messages] == [True] * warns
 
+    def test_gradients_that_are_not_finite_are_not_blamed_on_tau(self, caplog: pytest.LogCaptureFixture) -> None:
+        state = GAFState(wire_dtype=torch.float16)
+        state.meter.record(decide(torch.full((3, 3), torch.inf), NeighborhoodAgreement(0.5), None))
+        with caplog.at_level(logging.WARNING, logger="gaf_ddp"):
+            state.summary()
+        [message] = caplog.messages
+        assert "gradients are not finite: is wire_dtype float16" in message
+
+
+def connect_twice(device: torch.device) -> str:
+    """Return what a model on two devices is told; one without memory stands for the second."""
+    state = GAFState()
+    state.connect(torch.zeros(4, device=device))
+    try:
+        state.connect(torch.zeros(4, device="meta"))
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_model_on_two_devices_is_refused(gloo_ranks: Ranks) -> None:
+    for message in gloo_ranks(2, connect_twice):
+        assert message == "all parameters of a rank's model must be on one device, found cpu and meta"
+
 
 def warnings_of_one_step(device: torch.device) -> list[str]:
     """Return what a rank logs after a step on which opposite gradients did not agree."""

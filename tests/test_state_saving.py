@@ -54,6 +54,10 @@ class TestStateDict:
         assert summary["gaf/kept_fraction"] == 1
         assert "gaf/kept_rank_03" not in summary
 
+    def test_anything_else_is_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"state_dict must hold step and meter, found \['meters'\]"):
+            GAFState().load_state_dict({"meters": {}})
+
     def test_is_not_touched_by_later_steps(self) -> None:
         state = filled()
         saved = state.state_dict()

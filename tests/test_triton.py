@@ -213,6 +213,7 @@ def test_kernels_compile_without_spilling(capability: int) -> None:
         signature = {name: "constexpr" if name in constants else types[name] for name in names}
         source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
         warps = 8 if constants.get("PADDED") == 1024 else 4
-        compiled = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+        options = {"num_warps": warps, **_triton.OPTIONS}
+        compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         assert "ld.local" not in compiled.asm["ptx"]
         assert compiled.asm["cubin"]
