@@ -128,6 +128,7 @@ def _main(
     os.environ["TORCH_SHOW_CPP_STACKTRACES"] = "0"
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", message="gaf_ddp: world size 1")
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")  # the one that is set below
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -90,7 +90,18 @@ def train(device: torch.device, name: str, scope: str, scaled: bool) -> None:
     assert scaler.get_scale() == (256.0 if scaled else 1.0)  # disagreement is no overflow
 
 
+def exists(device: torch.device, name: str) -> bool:
+    """Return whether this torch has the optimizer on the device: fused Adagrad is young on GPUs."""
+    try:
+        OPTIMIZERS[name]([torch.zeros(1, device=device, requires_grad=True)])
+    except RuntimeError:
+        return device.type == "cpu"
+    return True
+
+
 def train_all(device: torch.device, name: str) -> None:
+    if not exists(device, name):
+        return
     for scope in ("bucket", "model"):
         for scaled in (False, True):
             train(device, name, scope, scaled)

@@ -36,6 +36,7 @@ def rank_of_job(device: torch.device, port: int, arguments: list[str]) -> Outcom
     dist.destroy_process_group()
     where = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
     os.environ |= {name: str(value) for name, value in where.items()}
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same job wherever the tests run
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     warnings.resetwarnings()  # plotting and TensorBoard are not ours to keep free of them

@@ -49,6 +49,7 @@ class Tools:
     def environment(self, **values: str) -> dict[str, str]:
         """The test's own environment with these tools, the repository, and the values given."""
         own = {name: value for name, value in os.environ.items() if not name.startswith(NOT_INHERITED)}
+        own["CUDA_VISIBLE_DEVICES"] = ""  # what the stand-in for nvidia-smi says
         return {**own, "PATH": f"{self.folder}:{own['PATH']}", "PYTHONPATH": str(REPOSITORY), **values}
 
 
