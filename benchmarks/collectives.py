@@ -12,7 +12,6 @@ most beyond its buffers, in buffers; small sizes show the start-up of the collec
 import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -20,7 +19,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.measure import banner, hardware, interleaved, peak_memory, ratio, say, start_ranks, write_json
+from benchmarks.measure import (
+    banner,
+    calls_at_once,
+    described,
+    end_ranks,
+    hardware,
+    interleaved,
+    new_file,
+    peak_memory,
+    positive,
+    ratio,
+    say,
+    start_ranks,
+    write_json,
+)
 from gaf_ddp import NeighborhoodAgreement, gram
 from gaf_ddp.exchange import Exchange, Exchanges
 from gaf_ddp.verdict import Verdict
@@ -47,9 +60,8 @@ def filter_bucket(exchange: Exchange, bucket: Tensor) -> None:
 
 
 def operations(count: int, dtype: torch.dtype, device: torch.device) -> dict[str, Operation]:
-    """Return every collective on buffers of count elements, 1 + rank in each element to start with."""
+    """Return every collective on buffers of count elements, a multiple of W, 1 + rank in each to start with."""
     size, rank = dist.get_world_size(), dist.get_rank()
-    count = max(count // size, 1) * size
     full = torch.full((count,), 1.0 + rank, dtype=dtype, device=device)
     slice_ = full[: count // size].clone()
     reduced, out, small = torch.zeros_like(full), torch.empty_like(full), torch.empty_like(slice_)
@@ -85,9 +97,11 @@ def operations(count: int, dtype: torch.dtype, device: torch.device) -> dict[str
 
 def measure_size(size: int, dtype: torch.dtype, device: torch.device, repeats: int) -> list[dict[str, Any]]:
     """Return one row per collective for buffers of about this many bytes."""
-    count = size // torch.empty((), dtype=dtype).element_size()
+    world = dist.get_world_size()
+    count = max(size // (dtype.itemsize * world), 1) * world  # every rank's slices alike
+    size = count * dtype.itemsize
     named = operations(count, dtype, device)
-    calls = 10 if size < 2**20 else 1
+    calls = calls_at_once(size, device)
     memory = {name: peak_memory(run, device) / size for name, (run, _, _) in named.items()}
     timings = interleaved({name: run for name, (run, _, _) in named.items()}, repeats, device, calls)
     rows = []
@@ -121,17 +135,25 @@ def row_text(row: dict[str, Any]) -> str:
 
 def arguments() -> argparse.Namespace:
     """Return the command line, with nccl-tests' letters."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("-b", "--minbytes", type=size_in_bytes, default=8)
-    parser.add_argument("-e", "--maxbytes", type=size_in_bytes, default=2**30)
-    parser.add_argument("-f", "--stepfactor", type=int, default=4)
-    parser.add_argument("-n", "--repeats", type=int, default=11)
+    parser = described(__doc__)
+    parser.add_argument("-b", "--minbytes", type=size_in_bytes, default=8, help="smallest buffer, e.g. 64K")
+    parser.add_argument(
+        "-e",
+        "--maxbytes",
+        type=size_in_bytes,
+        default=2**30,
+        help="largest buffer, e.g. 25M; gather holds W of them",
+    )
+    parser.add_argument("-f", "--stepfactor", type=int, default=4, help="between sizes")
+    parser.add_argument("-n", "--repeats", type=positive, default=11, help="timings of each")
     parser.add_argument("-d", "--datatype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--json", type=new_file, help="write the rows here")
     parser.add_argument("--quick", action="store_true", help="three sizes up to 1 MB, few repeats")
     given = parser.parse_args()
     if given.stepfactor < 2:
         parser.error(f"--stepfactor must be at least 2, found {given.stepfactor}")
+    if given.maxbytes < given.minbytes:
+        parser.error(f"--maxbytes must be at least --minbytes, {given.minbytes}, found {given.maxbytes}")
     if given.quick:
         given.minbytes, given.maxbytes, given.stepfactor, given.repeats = 1024, 2**20, 32, 3
     return given
@@ -151,7 +173,7 @@ def main() -> None:
         rows += fresh
         size *= given.stepfactor
     write_json(given.json, facts, rows)
-    dist.destroy_process_group()
+    end_ranks()
 
 
 if __name__ == "__main__":

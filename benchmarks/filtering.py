@@ -11,19 +11,29 @@ left-out rows. Calls rotate through buffers that together exceed the caches. Dec
 import argparse
 from collections.abc import Callable
 from itertools import cycle, product
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import banner, hardware, interleaved, say, write_json
+from benchmarks.measure import (
+    banner,
+    calls_at_once,
+    described,
+    hardware,
+    interleaved,
+    new_file,
+    positive,
+    say,
+    write_json,
+)
 from gaf_ddp import NeighborhoodAgreement, SequentialAgreement, Weighting, combine, gram
 from gaf_ddp.agreement import decide
 
+SIZES = (2**20, 25 * 2**20, 2**26, 2**28, 2**30)  # bytes
 _CACHES = 2**28  # bytes; more than the last cache of the machines this was run on
-_MOST_BUFFERS = 32
+_MOST_BUFFERS = 256
 
 
 def rotating(function: Callable[[Tensor], object], buffers: list[Tensor]) -> Callable[[], object]:
@@ -51,7 +61,7 @@ def measure_rows(count: int, size: int, dtype: torch.dtype, device: torch.device
         },
         repeats,
         device,
-        calls=max(1, min(20, 2**24 // size)),
+        calls=calls_at_once(size, device),
     )
     seconds = {name: median(times) for name, times in timings.items()}
     moved = {name: size * (1 if name.startswith("gram") else 1 + 1 / count) for name in seconds} | {
@@ -96,13 +106,16 @@ def row_text(row: dict[str, Any]) -> str:
 
 def arguments() -> argparse.Namespace:
     """Return the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = described(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--max-bytes", type=int, help="largest rows; default 1 GB on a GPU, 64 MB on a CPU")
-    parser.add_argument("-n", "--repeats", type=int, default=9)
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--max-bytes", type=positive, help="largest rows; default 1 GB on a GPU, 64 MB on a CPU")
+    parser.add_argument("-n", "--repeats", type=positive, default=9)
+    parser.add_argument("--json", type=new_file, help="write the rows here")
     parser.add_argument("--quick", action="store_true", help="one size, two W, few repeats")
-    return parser.parse_args()
+    given = parser.parse_args()
+    if given.max_bytes is not None and given.max_bytes < SIZES[0]:
+        parser.error(f"--max-bytes must be at least {SIZES[0]}, found {given.max_bytes}")
+    return given
 
 
 def main() -> None:
@@ -110,7 +123,7 @@ def main() -> None:
     given = arguments()
     device = torch.device(given.device)
     largest = given.max_bytes or (2**30 if device.type == "cuda" else 2**26)
-    sizes = [size for size in (2**20, 25 * 2**20, 2**26, 2**28, 2**30) if size <= largest]
+    sizes = [size for size in SIZES if size <= largest]
     counts, decisions = [2, 4, 8, 16, 32, 64], [2, 8, 64, 256, 1024]
     if given.quick:
         sizes, counts, decisions, given.repeats = [2**20], [2, 8], [2, 8], 3

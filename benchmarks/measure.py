@@ -1,5 +1,6 @@
 """What every benchmark here shares: ranks, a hardware banner, interleaved timing, tables and JSON."""
 
+import argparse
 import ctypes
 import json
 import os
@@ -15,6 +16,30 @@ import torch
 import torch.distributed as dist
 
 Timings = dict[str, list[float]]
+
+
+def described(text: str | None) -> argparse.ArgumentParser:
+    """Return a command line whose --help is a module's docstring, which says what the columns mean."""
+    return argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def positive(text: str) -> int:
+    """Return a whole number from 1, as a type of arguments."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, found {text!r}")
+    return int(text)
+
+
+def new_file(text: str) -> Path:
+    """Return the path of a file that can be written, as a type of arguments: hours of measuring end there."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file, found the folder {text!r}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"must be a file in a folder that can be made, found {text!r}") from error
+    return path
 
 
 def start_ranks() -> torch.device:
@@ -34,6 +59,13 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done what was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def calls_at_once(size: int, device: torch.device) -> int:
+    """Return how many calls on so many bytes are one timing: a GPU's must outlast their launch."""
+    if device.type == "cuda":
+        return 20 if size <= 2**28 else 5
+    return 10 if size < 2**20 else 1
 
 
 def interleaved(
@@ -73,16 +105,17 @@ def mean_over_ranks(timings: Timings, device: torch.device, group: dist.ProcessG
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> float:
-    """Return by how many bytes memory in use grew at most during the call: the device's, or a CPU's resident one.
+    """Return by how many bytes memory grew at most during the call: what torch reserves of a GPU, or resident.
 
     Memory that the caller keeps for reuse does not count on a CPU: measure its first call.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(device)  # not allocated: one stream cannot use what another freed
         torch.cuda.reset_peak_memory_stats(device)
         run()
-        return float(torch.cuda.max_memory_allocated(device) - before)
+        return float(torch.cuda.max_memory_reserved(device) - before)
     # Freed memory that is used again shall count: glibc gives it back to the system first.
     give_back_freed = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if give_back_freed is not None:
@@ -134,8 +167,13 @@ def say(text: str) -> None:
 def write_json(path: Path | None, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Write the facts and rows on rank 0, if a path is given."""
     if path is not None and (not dist.is_initialized() or dist.get_rank() == 0):
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"hardware": facts, "rows": rows}, indent=1) + "\n")
+
+
+def end_ranks() -> None:
+    """Leave the group together: a rank that leaves while others still talk to it can take them along."""
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def _processor() -> str:

@@ -8,20 +8,55 @@ They share this machine's cores: what is slow about computing stays slow.
 
 import argparse
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 
-from tests.hosts import Hosts
+from benchmarks.measure import described, positive
+from tests.hosts import Hosts, why_no_hosts
+
+
+def rate(text: str) -> str:
+    """Return a rate in tc's words."""
+    if re.fullmatch(r"\d+(\.\d+)?([kmgt]i?)?(bit|bps)", text.lower()) is None:
+        raise argparse.ArgumentTypeError(f"must be a rate as in 200mbit or 1gbit, found {text!r}")
+    return text
+
+
+def wait(processes: list[subprocess.Popen[bytes]]) -> int:
+    """Wait for all to end, or for the first to fail; none is left. Return the first failure's code, 0 without."""
+    try:
+        while None in (codes := [process.poll() for process in processes]) and not any(codes):
+            time.sleep(0.1)
+    finally:
+        for process in processes:
+            process.kill()  # no effect on one that has ended
+            process.wait()
+    ended = [process.returncode for process in processes]
+    return next((code for code in ended if code > 0), next((code for code in ended if code), 0))
+
+
+def arguments() -> argparse.Namespace:
+    """Return the command line."""
+    parser = described(__doc__)
+    parser.add_argument("--hosts", type=positive, default=4)
+    parser.add_argument("--rate", type=rate, help="what each host may send; unlimited if not given")
+    parser.add_argument("module", help="the benchmark, e.g. benchmarks.step_time")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="what it is given")
+    given = parser.parse_args()
+    if given.hosts > 254:
+        parser.error(f"--hosts must be at most 254, found {given.hosts}")
+    if (problem := why_no_hosts()) is not None:
+        parser.error(problem)
+    return given
 
 
 def main() -> None:
     """Start one rank per host, wait for all, and pass on the first failure."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--hosts", type=int, default=4)
-    parser.add_argument("--rate", help="what each host may send, e.g. 200mbit, 1gbit; unlimited if not given")
-    parser.add_argument("module", help="the benchmark, e.g. benchmarks.step_time")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="what it is given")
-    given = parser.parse_args()
+    given = arguments()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ranks and hosts go first
     shared = {
         **os.environ,
         "WORLD_SIZE": str(given.hosts),
@@ -31,16 +66,17 @@ def main() -> None:
         "MASTER_PORT": "29500",
         "GLOO_SOCKET_IFNAME": "eth0",
         "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",  # hosts that share a GPU can form no NCCL group
         "GAF_DDP_LINK": f"one machine, {given.rate or 'unlimited'} per host",  # for the results' hardware
     }
     command = [sys.executable, "-m", given.module, *given.arguments]
     with Hosts(given.hosts, given.rate) as hosts:
-        processes = [
-            subprocess.Popen(["ip", "netns", "exec", name, *command], env={**shared, "RANK": str(rank)})
-            for rank, name in enumerate(hosts.names)
-        ]
-        codes = [process.wait() for process in processes]
-    sys.exit(next((code for code in codes if code), 0))
+        processes: list[subprocess.Popen[bytes]] = []
+        for rank, name in enumerate(hosts.names):
+            host = ["ip", "netns", "exec", name]
+            processes.append(subprocess.Popen([*host, *command], env={**shared, "RANK": str(rank)}))
+        code = wait(processes)
+    sys.exit(code if code >= 0 else 128 - code)
 
 
 if __name__ == "__main__":

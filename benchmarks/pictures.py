@@ -4,12 +4,13 @@
 batch.png. Times are ratios within one run; several runs of one setting are all drawn.
 """
 
-import argparse
 import json
 from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from benchmarks.measure import described
 
 HERE = Path(__file__).parent / "results"
 COLOURS = {"gaf_sharded": "#0072B2", "gaf_gather": "#D55E00"}
@@ -49,7 +50,7 @@ def draw_collectives(results: list[dict[str, Any]], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("time, all-reduce = 1")
     axes[0][0].legend(frameon=False)
-    _save(figure, results[0], path)
+    _save(figure, results, path)
 
 
 def draw_step_time(results: list[dict[str, Any]], path: Path) -> None:
@@ -63,14 +64,17 @@ def draw_step_time(results: list[dict[str, Any]], path: Path) -> None:
         ratios = [row["backward"]["median"] for row in rows]
         axis.plot(ratios, place, MARKERS[i % len(MARKERS)], label=label(result))
     axis.axvline(1.0, color="0.6", linewidth=1)
-    axis.set(xscale="log", xlabel="time of backward, plain DDP = 1", title="A DDP training step of resnet18")
-    axis.set_xticks([0.5, 0.7, 1, 1.5, 2, 4], ["0.5", "0.7", "1", "1.5", "2", "4"])
+    axis.set(
+        xscale="log", xlabel="time of backward, plain DDP = 1", title=f"A DDP training step of {_models(results)}"
+    )
+    ticks = [0.2, 0.5, 0.7, 1, 1.5, 2, 4]
+    axis.set_xticks(ticks, map(str, ticks))
     axis.minorticks_off()
     axis.set_yticks(range(1, len(hooks)), hooks[1:])
     axis.invert_yaxis()
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    _save(figure, results[0], path)
+    _save(figure, results, path)
 
 
 def draw_batches(results: list[dict[str, Any]], path: Path) -> None:
@@ -79,7 +83,9 @@ def draw_batches(results: list[dict[str, Any]], path: Path) -> None:
     worlds = sorted({result["hardware"]["world_size"] for result in results})
     for (hook, colour), (i, world) in product(SCOPES.items(), enumerate(worlds)):
         runs = _by_batch(results, hook, world)
-        look = {"color": colour, "alpha": 1 - 0.4 * i}
+        if not runs:
+            continue
+        look = {"color": colour, "alpha": 0.6**i}
         name = f"{hook.split('-')[1]} scope, {world} ranks"
         axis.plot(list(runs), [median(ratios) for ratios in runs.values()], f"{MARKERS[i]}-", label=name, **look)
         points = [(size, ratio) for size, ratios in runs.items() for ratio in ratios]
@@ -87,21 +93,21 @@ def draw_batches(results: list[dict[str, Any]], path: Path) -> None:
     sizes = sorted({result["hardware"]["input"][0] for result in results})
     axis.axhline(1.0, color="0.6", linewidth=1)
     axis.set(xscale="log", xlabel="images of each rank in a step", ylabel="time of backward, plain DDP = 1")
-    axis.set_title(f"resnet18, {_link(results[0])}")
+    axis.set_title(f"{_models(results)}, {_link(results[0])}")
     axis.set_xticks(sizes, map(str, sizes))
     axis.minorticks_off()
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
-    _save(figure, results[0], path)
+    _save(figure, results, path)
 
 
 def _by_batch(results: list[dict[str, Any]], hook: str, world: int) -> dict[int, list[float]]:
     """Return each run's ratio of backward, by the images of each rank in a step."""
     found: dict[int, list[float]] = {}
     for result in sorted(results, key=lambda result: result["hardware"]["input"][0]):
-        if result["hardware"]["world_size"] == world:
-            ratios = found.setdefault(result["hardware"]["input"][0], [])
-            ratios += [row["backward"]["median"] for row in result["rows"] if row["hook"] == hook]
+        for row in result["rows"]:
+            if row["hook"] == hook and result["hardware"]["world_size"] == world:
+                found.setdefault(result["hardware"]["input"][0], []).append(row["backward"]["median"])
     return found
 
 
@@ -110,9 +116,11 @@ DRAWN = {"collectives": draw_collectives, "step_time": draw_step_time, "batch": 
 
 def main() -> None:
     """Draw every picture there are results for."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = described(__doc__)
     parser.add_argument("folder", type=Path, nargs="?", default=HERE)
     folder = parser.parse_args().folder
+    if not any(read(folder, name) for name in DRAWN):
+        parser.error(f"FOLDER must hold results called {'*.json, '.join(DRAWN)}*.json, found none in {folder}")
     for name, draw in DRAWN.items():
         if results := read(folder, name):
             draw(results, folder / f"{name}.png")
@@ -132,11 +140,15 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _save(figure: Any, result: dict[str, Any], path: Path) -> None:
-    facts = result["hardware"]
-    note = (
-        f"{facts['device']}, {facts['cores']} cores, {facts['backend']}, torch {facts['torch']}, {facts['date']}"
-    )
+def _models(results: list[dict[str, Any]]) -> str:
+    return " and ".join(sorted({result["hardware"]["model"] for result in results}))
+
+
+def _save(figure: Any, results: list[dict[str, Any]], path: Path) -> None:
+    facts = results[0]["hardware"]
+    days = sorted({result["hardware"]["date"] for result in results})
+    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    note = f"{facts['device']}, {facts['cores']} cores, {facts['backend']}, torch {facts['torch']}, {when}"
     figure.text(0.01, -0.06, note, fontsize=8, color="0.4")
     figure.savefig(path, dpi=130, bbox_inches="tight")
 

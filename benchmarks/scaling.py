@@ -10,7 +10,6 @@ the Gramian, passes over W S bytes and an all-reduce. Constants come from two ra
 one machine, the measured points hold the others' work too and lie above it.
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,19 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.collectives import filter_bucket, size_in_bytes
-from benchmarks.measure import banner, hardware, interleaved, say, start_ranks, write_json
+from benchmarks.measure import (
+    banner,
+    calls_at_once,
+    described,
+    end_ranks,
+    hardware,
+    interleaved,
+    new_file,
+    positive,
+    say,
+    start_ranks,
+    write_json,
+)
 from gaf_ddp import NeighborhoodAgreement, combine, gram
 from gaf_ddp.agreement import decide
 from gaf_ddp.exchange import Exchanges
@@ -79,8 +90,9 @@ def subgroup(world: int) -> dist.ProcessGroup | None:
     return group if isinstance(group, dist.ProcessGroup) and dist.get_rank() < world else None
 
 
-def measure_constants(pair: dist.ProcessGroup | None, size: int, device: torch.device, repeats: int) -> Constants:
-    """Return the constants, from the first two ranks; every rank gets rank 0's."""
+def measure_constants(size: int, device: torch.device, repeats: int) -> Constants:
+    """Return the constants, from the first rank and the first two; every rank gets rank 0's."""
+    first, pair = subgroup(1), subgroup(2)
     small, large = torch.zeros(2, device=device), torch.zeros(size // 4, device=device)
     rows, weights = torch.randn(4, size // 16, device=device), torch.full((4,), 0.25, device=device)
     shard = torch.empty_like(rows[0])
@@ -91,14 +103,17 @@ def measure_constants(pair: dist.ProcessGroup | None, size: int, device: torch.d
         "combine": lambda: combine(rows, weights, out=shard),
     }
     decisions = {str(world): partial(decide, g, rule, 10.0) for world, g in gramians.items()}
-    alone = interleaved(passes | decisions, repeats, device)
+    calls = calls_at_once(size, device)
+    alone = {name: [0.0] for name in passes | decisions}
     timings = {"small": [0.0], "large": [1.0]}
+    if first is not None:  # nobody else computes meanwhile: they wait for rank 0's constants
+        alone = interleaved(passes | decisions, repeats, device, calls, group=first)
     if dist.get_rank() < 2:
         run = {
             "small": lambda: dist.all_reduce(small, group=pair),
             "large": lambda: dist.all_reduce(large, group=pair),
         }
-        timings = interleaved(run, repeats, device, group=pair)
+        timings = interleaved(run, repeats, device, calls, group=pair)
     seconds = {name: median(times) for name, times in (alone | timings).items()}
     found = [Constants(
         alpha=seconds["small"] / 2,  # two messages at W = 2
@@ -123,13 +138,13 @@ def measure_points(size: int, device: torch.device, repeats: int) -> list[dict[s
                 "all_reduce": partial(dist.all_reduce, plain.zero_(), group=group),
                 "sharded": partial(filter_bucket, exchange, bucket),
             }
-            timings = interleaved(run, repeats, device, group=group)
+            timings = interleaved(run, repeats, device, calls_at_once(size, device), group=group)
             points.append({"W": world} | {name: median(times) for name, times in timings.items()})
         dist.barrier()
     return points
 
 
-def draw(rows: list[dict[str, Any]], points: list[dict[str, float]], size: int, path: Path) -> None:
+def draw(rows: list[dict[str, Any]], points: list[dict[str, float]], facts: dict[str, Any], path: Path) -> None:
     """Write the picture: time and bytes relative to an all-reduce, over W."""
     import matplotlib
 
@@ -150,9 +165,13 @@ def draw(rows: list[dict[str, Any]], points: list[dict[str, float]], size: int, 
         axis.spines[["top", "right"]].set_visible(False)
     measured = [(p["W"], p["sharded"] / p["all_reduce"]) for p in points]
     axes[0].plot(*zip(*measured, strict=True), "o", color="#0072B2")
-    axes[0].annotate("dots: measured", measured[-1], textcoords="offset points", xytext=(8, -4), color="#0072B2")
-    figure.suptitle(f"One bucket of {size / 2**20:.0f} MB: model, with constants measured on this machine")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    axes[0].annotate("dots: measured", measured[-1], textcoords="offset points", xytext=(-60, 12), color="#0072B2")
+    megabytes = facts["bucket_bytes"] / 2**20
+    figure.suptitle(f"One bucket of {megabytes:.0f} MB: model, with constants measured on this machine")
+    machine = (
+        f"{facts['device']}, {facts['cores']} cores, {facts['backend']}, torch {facts['torch']}, {facts['date']}"
+    )
+    figure.supxlabel(machine, fontsize=8, color="0.4")
     figure.savefig(path, dpi=120)
 
 
@@ -199,16 +218,21 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measure, predict, compare, print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = described(__doc__)
     parser.add_argument("--size", type=size_in_bytes, default=25 * 2**20, help="bytes of the bucket")
-    parser.add_argument("-n", "--repeats", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--plot", type=Path, help="write the picture here")
+    parser.add_argument("-n", "--repeats", type=positive, default=7)
+    parser.add_argument("--json", type=new_file, help="write the rows here")
+    parser.add_argument("--plot", type=new_file, help="write the picture here")
     parser.add_argument("--quick", action="store_true", help="a 1 MB bucket, few repeats")
-    given, device = parser.parse_args(), start_ranks()
+    given = parser.parse_args()
+    if given.size < 2**12:
+        parser.error(f"--size must be at least 4K, found {given.size}")
+    device = start_ranks()
+    if dist.get_world_size() < 2:
+        raise SystemExit("scaling needs at least two ranks: torchrun --nproc-per-node 2, found 1")
     if given.quick:
         given.size, given.repeats = 2**20, 3
-    constants = measure_constants(subgroup(2), given.size, device, given.repeats)
+    constants = measure_constants(given.size, device, given.repeats)
     points = measure_points(given.size, device, given.repeats)
     facts = hardware(device) | {
         "bucket_bytes": given.size,
@@ -220,8 +244,8 @@ def main() -> None:
     say(table(rows))
     write_json(given.json, facts, rows)
     if given.plot and dist.get_rank() == 0:
-        draw(rows, points, given.size, given.plot)
-    dist.destroy_process_group()
+        draw(rows, points, facts, given.plot)
+    end_ranks()
 
 
 if __name__ == "__main__":

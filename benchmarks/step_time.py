@@ -24,9 +24,13 @@ from benchmarks.candidates import candidates, wrap
 from benchmarks.measure import (
     Timings,
     banner,
+    described,
+    end_ranks,
     hardware,
     mean_over_ranks,
+    new_file,
     peak_memory,
+    positive,
     ratio,
     say,
     start_ranks,
@@ -125,16 +129,17 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def arguments() -> argparse.Namespace:
     """Return the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = described(__doc__)
     parser.add_argument("--model", choices=["resnet18", "resnet50", "transformer"], default="resnet18")
-    parser.add_argument("--batch-size", type=int, default=4, help="per rank")
-    parser.add_argument("--size", type=int, default=64, help="the image's edge, or the sequence's length")
+    parser.add_argument("--batch-size", type=positive, default=4, help="per rank")
+    parser.add_argument("--size", type=positive, default=64, help="the image's edge, or the sequence's length")
     parser.add_argument("--hooks", nargs="+", help="a selection; default all")
-    parser.add_argument("-n", "--repeats", type=int, default=15)
+    parser.add_argument("-n", "--repeats", type=positive, default=15)
     parser.add_argument("--interface", help="whose counters to read, e.g. eth0")
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--quick", action="store_true", help="a small transformer, four hooks, three repeats")
+    parser.add_argument("--json", type=new_file, help="write the rows here")
+    parser.add_argument("--quick", action="store_true", help="a small transformer, four hooks, 3 repeats, instead")
     given = parser.parse_args()
+    sent_bytes(given.interface)  # refuses one that is not there
     if given.quick:
         given.model, given.size, given.batch_size, given.repeats = "transformer", 8, 1, 3
         given.hooks = ["allreduce", "gaf-bucket-sharded", "gaf-model-sharded", "gaf-bucket-bf16"]
@@ -173,7 +178,7 @@ def main() -> None:
     ]
     say(table(rows))
     write_json(given.json, facts, rows)
-    dist.destroy_process_group()
+    end_ranks()
 
 
 if __name__ == "__main__":
