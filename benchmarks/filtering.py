@@ -61,7 +61,7 @@ def measure_rows(count: int, size: int, dtype: torch.dtype, device: torch.device
         },
         repeats,
         device,
-        calls=calls_at_once(size, device),
+        calls=max(calls_at_once(size, device), min(20, 2**24 // size)),
     )
     seconds = {name: median(times) for name, times in timings.items()}
     moved = {name: size * (1 if name.startswith("gram") else 1 + 1 / count) for name in seconds} | {
