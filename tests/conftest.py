@@ -12,23 +12,28 @@ from tests.ranks import run_ranks
 torch.set_num_threads(1)  # the tests' tensors are small, and the ranks want the cores
 
 
+def _ranks(backend: str, folder: Path) -> Callable[..., list[Any]]:
+    def run(world_size: int, *args: Any, **options: Any) -> list[Any]:
+        if backend == "nccl" and torch.cuda.device_count() < world_size:
+            pytest.skip(f"NCCL needs a GPU per rank: {world_size}")
+        return run_ranks(world_size, *args, folder=folder, backend=backend, **options)
+
+    return run
+
+
 @pytest.fixture(params=["gloo", "nccl"])
 def ranks(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., list[Any]]:
     """`ranks(W, body, *args)` returns what `body(device, *args)` returned on each rank, on gloo and on NCCL."""
-
-    def run(world_size: int, *args: Any, **options: Any) -> list[Any]:
-        if request.param == "nccl" and torch.cuda.device_count() < world_size:
-            pytest.skip(f"NCCL needs a GPU per rank: {world_size}")
-        return run_ranks(world_size, *args, folder=tmp_path, backend=request.param, **options)
-
-    return run
+    return _ranks(request.param, tmp_path)
 
 
 @pytest.fixture
 def gloo_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
     """`ranks` for what only CPU groups have."""
+    return _ranks("gloo", tmp_path)
 
-    def run(world_size: int, *args: Any, **options: Any) -> list[Any]:
-        return run_ranks(world_size, *args, folder=tmp_path, **options)
 
-    return run
+@pytest.fixture
+def nccl_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
+    """`ranks` for what only GPUs have."""
+    return _ranks("nccl", tmp_path)

@@ -1,7 +1,7 @@
 """On GPUs: a training step never waits for the device. One rank has the hook's path, two have the kernels too."""
 
 import warnings
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,9 +19,10 @@ from gaf_ddp import (
     skip_on_disagreement,
 )
 from gaf_ddp.agreement import decide
-from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+Ranks = Callable[..., list[Any]]
 
 every_world = pytest.mark.parametrize("world_size", [1, 2])
 SETTINGS = ({"scope": "bucket"}, {"scope": "model"}, {"scope": "model", "vote_momentum": 0.9})
@@ -72,24 +73,18 @@ def _device_to_host_copies(device: torch.device, settings: dict[str, Any]) -> li
     return [event.name for event in events if "Memcpy DtoH" in event.name]
 
 
-def _run(world_size: int, *args: Any, folder: Path) -> list[Any]:
-    if torch.cuda.device_count() < world_size:
-        pytest.skip(f"NCCL needs a GPU per rank: {world_size}")
-    return run_ranks(world_size, *args, folder=folder, backend="nccl")
-
-
 @every_world
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_a_training_step_has_no_host_sync(tmp_path: Path, world_size: int, settings: dict[str, Any]) -> None:
-    _run(world_size, _step_without_sync, settings, folder=tmp_path)
+def test_a_training_step_has_no_host_sync(nccl_ranks: Ranks, world_size: int, settings: dict[str, Any]) -> None:
+    nccl_ranks(world_size, _step_without_sync, settings)
 
 
 @every_world
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_a_training_step_copies_nothing_to_the_host(
-    tmp_path: Path, world_size: int, settings: dict[str, Any]
+    nccl_ranks: Ranks, world_size: int, settings: dict[str, Any]
 ) -> None:
-    for copies in _run(world_size, _device_to_host_copies, settings, folder=tmp_path):
+    for copies in nccl_ranks(world_size, _device_to_host_copies, settings):
         if copies is None:
             pytest.skip("the profiler sees nothing of the device here")
         assert copies == []

@@ -99,17 +99,20 @@ def exists(device: torch.device, name: str) -> bool:
     return True
 
 
-def train_all(device: torch.device, name: str) -> None:
+def train_all(device: torch.device, name: str) -> bool:
+    """Return whether there was an optimizer to train with."""
     if not exists(device, name):
-        return
+        return False
     for scope in ("bucket", "model"):
         for scaled in (False, True):
             train(device, name, scope, scaled)
+    return True
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_without_agreement_never_happened(ranks: Ranks, name: str) -> None:
-    ranks(2, train_all, name)
+    if not all(ranks(2, train_all, name)):
+        pytest.skip(f"this torch has no {name} on GPUs")
 
 
 def train_with_closure(device: torch.device, scope: str, make: Make, as_keyword: bool) -> None:
