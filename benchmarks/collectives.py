@@ -19,16 +19,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.command_line import described, new_file, positive, size_in_bytes
 from benchmarks.measure import (
     banner,
     calls_at_once,
-    described,
     end_ranks,
     hardware,
     interleaved,
-    new_file,
     peak_memory,
-    positive,
     ratio,
     say,
     start_ranks,
@@ -39,17 +37,6 @@ from gaf_ddp.exchange import Exchange, Exchanges
 from gaf_ddp.verdict import Verdict
 
 Operation = tuple[Callable[[], object], Callable[[], int], float]  # run, count wrong elements, busbw factor
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-
-
-def size_in_bytes(text: str) -> int:
-    """Return the bytes of a size as nccl-tests takes it: 8, 64K, 25M, 1G."""
-    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
-    if unit not in _UNITS or not number.isdigit() or int(number) < 1:
-        raise argparse.ArgumentTypeError(
-            f"a size must be a positive number, then K, M, G or nothing, found {text!r}"
-        )
-    return int(number) * _UNITS[unit]
 
 
 def filter_bucket(exchange: Exchange, bucket: Tensor) -> None:

@@ -17,17 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import (
-    banner,
-    calls_at_once,
-    described,
-    hardware,
-    interleaved,
-    new_file,
-    positive,
-    say,
-    write_json,
-)
+from benchmarks.command_line import described, new_file, positive
+from benchmarks.measure import banner, calls_at_once, hardware, interleaved, say, write_json
 from gaf_ddp import NeighborhoodAgreement, SequentialAgreement, Weighting, combine, gram
 from gaf_ddp.agreement import decide
 

@@ -1,6 +1,5 @@
 """What every benchmark here shares: ranks, a hardware banner, interleaved timing, tables and JSON."""
 
-import argparse
 import ctypes
 import json
 import os
@@ -16,30 +15,6 @@ import torch
 import torch.distributed as dist
 
 Timings = dict[str, list[float]]
-
-
-def described(text: str | None) -> argparse.ArgumentParser:
-    """Return a command line whose --help is a module's docstring, which says what the columns mean."""
-    return argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-
-def positive(text: str) -> int:
-    """Return a whole number from 1, as a type of arguments."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1, found {text!r}")
-    return int(text)
-
-
-def new_file(text: str) -> Path:
-    """Return the path of a file that can be written, as a type of arguments: hours of measuring end there."""
-    path = Path(text)
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"must be a file, found the folder {text!r}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"must be a file in a folder that can be made, found {text!r}") from error
-    return path
 
 
 def start_ranks() -> torch.device:
@@ -151,6 +126,12 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "threads_per_rank": torch.get_num_threads(),
         "link": os.environ.get("GAF_DDP_LINK", "one machine" if world_size > 1 else "none"),
     }
+
+
+def machine(facts: Mapping[str, Any]) -> str:
+    """Return in a line on what something was measured, for the foot of a picture."""
+    place = f"{facts['device']}, {facts['cores']} cores, {facts['backend']}"
+    return f"{place}, torch {facts['torch']}, {facts['date']}"
 
 
 def banner(facts: dict[str, Any]) -> str:

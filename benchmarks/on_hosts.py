@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 
-from benchmarks.measure import described, positive
+from benchmarks.command_line import described, positive
 from tests.hosts import Hosts, why_no_hosts
 
 

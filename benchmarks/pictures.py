@@ -10,7 +10,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.measure import described
+from benchmarks.command_line import described
+from benchmarks.measure import machine
 
 HERE = Path(__file__).parent / "results"
 COLOURS = {"gaf_sharded": "#0072B2", "gaf_gather": "#D55E00"}
@@ -145,10 +146,9 @@ def _models(results: list[dict[str, Any]]) -> str:
 
 
 def _save(figure: Any, results: list[dict[str, Any]], path: Path) -> None:
-    facts = results[0]["hardware"]
     days = sorted({result["hardware"]["date"] for result in results})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-    note = f"{facts['device']}, {facts['cores']} cores, {facts['backend']}, torch {facts['torch']}, {when}"
+    note = machine({**results[0]["hardware"], "date": when})
     figure.text(0.01, -0.06, note, fontsize=8, color="0.4")
     figure.savefig(path, dpi=130, bbox_inches="tight")
 

@@ -10,6 +10,7 @@ the Gramian, passes over W S bytes and an all-reduce. Constants come from two ra
 one machine, the measured points hold the others' work too and lie above it.
 """
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,16 +21,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.collectives import filter_bucket, size_in_bytes
+from benchmarks.collectives import filter_bucket
+from benchmarks.command_line import described, new_file, positive, size_in_bytes
 from benchmarks.measure import (
+    Timings,
     banner,
     calls_at_once,
-    described,
     end_ranks,
     hardware,
     interleaved,
-    new_file,
-    positive,
+    machine,
     say,
     start_ranks,
     write_json,
@@ -93,37 +94,50 @@ def subgroup(world: int) -> dist.ProcessGroup | None:
 def measure_constants(size: int, device: torch.device, repeats: int) -> Constants:
     """Return the constants, from the first rank and the first two; every rank gets rank 0's."""
     first, pair = subgroup(1), subgroup(2)
-    small, large = torch.zeros(2, device=device), torch.zeros(size // 4, device=device)
+    found: list[Constants | None] = [None]
+    # The others wait meanwhile, and compute nothing.
+    passes = {} if first is None else measure_passes(first, size, device, repeats)
+    messages = {} if pair is None else measure_messages(pair, size, device, repeats)
+    if first is not None:
+        found = [Constants(
+            alpha=messages["small"] / 2,  # two messages at W = 2
+            beta=(messages["large"] - messages["small"]) / size,
+            gram=passes["gram"] / size,
+            combine=passes["combine"] / size,
+            decision={world: passes[str(world)] for world in WORLD_SIZES},
+        )]  # fmt: skip
+    dist.broadcast_object_list(found, src=0)
+    assert found[0] is not None
+    return found[0]
+
+
+def measure_passes(group: dist.ProcessGroup, size: int, device: torch.device, repeats: int) -> dict[str, float]:
+    """Return the seconds of gram and combine over size bytes, and of a decision by its W."""
     rows, weights = torch.randn(4, size // 16, device=device), torch.full((4,), 0.25, device=device)
     shard = torch.empty_like(rows[0])
-    gramians = {world: gram(torch.randn(world, 2 * world, device=device)) for world in WORLD_SIZES}
-    rule = NeighborhoodAgreement(1.0)
-    passes: dict[str, Callable[[], object]] = {
+    run: dict[str, Callable[[], object]] = {
         "gram": lambda: gram(rows),
         "combine": lambda: combine(rows, weights, out=shard),
     }
-    decisions = {str(world): partial(decide, g, rule, 10.0) for world, g in gramians.items()}
-    calls = calls_at_once(size, device)
-    alone = {name: [0.0] for name in passes | decisions}
-    timings = {"small": [0.0], "large": [1.0]}
-    if first is not None:  # nobody else computes meanwhile: they wait for rank 0's constants
-        alone = interleaved(passes | decisions, repeats, device, calls, group=first)
-    if dist.get_rank() < 2:
-        run = {
-            "small": lambda: dist.all_reduce(small, group=pair),
-            "large": lambda: dist.all_reduce(large, group=pair),
-        }
-        timings = interleaved(run, repeats, device, calls, group=pair)
-    seconds = {name: median(times) for name, times in (alone | timings).items()}
-    found = [Constants(
-        alpha=seconds["small"] / 2,  # two messages at W = 2
-        beta=(seconds["large"] - seconds["small"]) / size,
-        gram=seconds["gram"] / size,
-        combine=seconds["combine"] / size,
-        decision={world: seconds[str(world)] for world in WORLD_SIZES},
-    )]  # fmt: skip
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
+    for world in WORLD_SIZES:
+        gramian = gram(torch.randn(world, 2 * world, device=device))
+        run[str(world)] = partial(decide, gramian, NeighborhoodAgreement(1.0), 10.0)
+    return medians(interleaved(run, repeats, device, calls_at_once(size, device), group=group))
+
+
+def measure_messages(pair: dist.ProcessGroup, size: int, device: torch.device, repeats: int) -> dict[str, float]:
+    """Return the seconds of an all-reduce of two numbers and of size bytes."""
+    small, large = torch.zeros(2, device=device), torch.zeros(size // 4, device=device)
+    run = {
+        "small": partial(dist.all_reduce, small, group=pair),
+        "large": partial(dist.all_reduce, large, group=pair),
+    }
+    return medians(interleaved(run, repeats, device, calls_at_once(size, device), group=pair))
+
+
+def medians(timings: Timings) -> dict[str, float]:
+    """Return each candidate's median."""
+    return {name: median(times) for name, times in timings.items()}
 
 
 def measure_points(size: int, device: torch.device, repeats: int) -> list[dict[str, float]]:
@@ -139,7 +153,7 @@ def measure_points(size: int, device: torch.device, repeats: int) -> list[dict[s
                 "sharded": partial(filter_bucket, exchange, bucket),
             }
             timings = interleaved(run, repeats, device, calls_at_once(size, device), group=group)
-            points.append({"W": world} | {name: median(times) for name, times in timings.items()})
+            points.append({"W": world} | medians(timings))
         dist.barrier()
     return points
 
@@ -165,13 +179,10 @@ def draw(rows: list[dict[str, Any]], points: list[dict[str, float]], facts: dict
         axis.spines[["top", "right"]].set_visible(False)
     measured = [(p["W"], p["sharded"] / p["all_reduce"]) for p in points]
     axes[0].plot(*zip(*measured, strict=True), "o", color="#0072B2")
-    axes[0].annotate("dots: measured", measured[-1], textcoords="offset points", xytext=(-60, 12), color="#0072B2")
+    axes[0].set_title("Time, all-reduce = 1 (dots: measured)")
     megabytes = facts["bucket_bytes"] / 2**20
     figure.suptitle(f"One bucket of {megabytes:.0f} MB: model, with constants measured on this machine")
-    machine = (
-        f"{facts['device']}, {facts['cores']} cores, {facts['backend']}, torch {facts['torch']}, {facts['date']}"
-    )
-    figure.supxlabel(machine, fontsize=8, color="0.4")
+    figure.supxlabel(machine(facts), fontsize=8, color="0.4")
     figure.savefig(path, dpi=120)
 
 
@@ -216,8 +227,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Measure, predict, compare, print."""
+def arguments() -> argparse.Namespace:
+    """Return the command line."""
     parser = described(__doc__)
     parser.add_argument("--size", type=size_in_bytes, default=25 * 2**20, help="bytes of the bucket")
     parser.add_argument("-n", "--repeats", type=positive, default=7)
@@ -227,11 +238,16 @@ def main() -> None:
     given = parser.parse_args()
     if given.size < 2**12:
         parser.error(f"--size must be at least 4K, found {given.size}")
-    device = start_ranks()
-    if dist.get_world_size() < 2:
-        raise SystemExit("scaling needs at least two ranks: torchrun --nproc-per-node 2, found 1")
     if given.quick:
         given.size, given.repeats = 2**20, 3
+    return given
+
+
+def main() -> None:
+    """Measure, predict, compare, print."""
+    given, device = arguments(), start_ranks()
+    if dist.get_world_size() < 2:
+        raise SystemExit("scaling needs at least two ranks: torchrun --nproc-per-node 2, found 1")
     constants = measure_constants(given.size, device, given.repeats)
     points = measure_points(given.size, device, given.repeats)
     facts = hardware(device) | {

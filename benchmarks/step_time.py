@@ -21,16 +21,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.candidates import candidates, wrap
+from benchmarks.command_line import described, new_file, positive
 from benchmarks.measure import (
     Timings,
     banner,
-    described,
     end_ranks,
     hardware,
     mean_over_ranks,
-    new_file,
     peak_memory,
-    positive,
     ratio,
     say,
     start_ranks,

@@ -76,9 +76,9 @@ class GAFState:
         decisions: the last step's decisions with their parameters, one in model scope, one per bucket otherwise.
 
     Memory: bucket scope about one bucket beside DDP's own on accelerators, on the CPU as many as wait for the
-    thread, up to one gradient; model scope about one gradient; vote_momentum one
-    float32 gradient more, W with the gather exchange; wire_dtype on the CPU up to one gradient in that dtype.
-    A pickled state leaves process group and momenta behind.
+    thread, up to one gradient; model scope about one gradient; vote_momentum one float32 gradient more, W with the
+    gather exchange; wire_dtype on the CPU up to one gradient in that dtype. A pickled state leaves process group
+    and momenta behind.
 
     Raises:
         ValueError: a setting is out of its range; the message names it.

@@ -4,7 +4,6 @@ import subprocess
 import sys
 import time
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 
@@ -30,6 +29,7 @@ from benchmarks import on_hosts
         ("collectives", "-b 1K -e 8", "--maxbytes must be at least --minbytes, 1024, found 8"),
         ("collectives", "-f 1", "--stepfactor must be at least 2, found 1"),
         ("filtering", "--max-bytes 1000", "--max-bytes must be at least 1048576, found 1000"),
+        ("scaling", "--size 1K", "--size must be at least 4K, found 1024"),
         ("on_hosts", "--hosts 0 x", "argument --hosts: must be a whole number from 1, found '0'"),
         ("on_hosts", "--hosts 300 x", "--hosts must be at most 254, found 300"),
         ("on_hosts", "--rate fast x", "argument --rate: must be a rate as in 200mbit or 1gbit, found 'fast'"),
@@ -48,7 +48,7 @@ def test_are_refused(
     assert message in capsys.readouterr().err + str(end.value)
 
 
-@pytest.mark.parametrize("benchmark", ["collectives", "step_time", "filtering", "on_hosts"])
+@pytest.mark.parametrize("benchmark", ["collectives", "step_time", "filtering", "scaling", "on_hosts"])
 def test_help_is_the_whole_docstring(
     benchmark: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,7 +59,7 @@ def test_help_is_the_whole_docstring(
     assert (module.__doc__ or "").strip() in capsys.readouterr().out
 
 
-def test_hosts_end_when_one_fails(tmp_path: Path) -> None:
+def test_hosts_end_when_one_fails() -> None:
     started = time.monotonic()
     fails = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
     waits = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
