@@ -1,15 +1,18 @@
-"""One decision and its record, and running statistics over many; everything stays on the device."""
+"""One decision and its record; everything stays on the device."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from statistics import median_low
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gaf_ddp import _few_ranks
-from gaf_ddp.gramian import kernels
-from gaf_ddp.weighting import Weighting, cosine, present
+from gaf_ddp.gramian import kernels, on_host
+from gaf_ddp.weighting import Weighting, cosine, plain_cosine, present
+
+_FEW = 16  # ranks; the time in plain numbers grows with their square
 
 
 @dataclass(frozen=True)
@@ -59,22 +62,38 @@ def decide(gramian: Tensor, weighting: Callable[[Tensor], Tensor], max_norm_rati
     backs off.
 
     Raises:
-        ValueError: the weighting returned something that is not `(W,)` weights.
+        ValueError: the weighting returned something that is not `(W,)` weights, or, on the CPU, one that is not
+            finite or is negative; on accelerators `unsound` tells.
     """
-    for fast in (kernels(gramian.device.type, "_triton_decision"), _few_ranks):  # a faster way to the same record
-        if fast is not None and fast.can_decide(gramian, weighting):
-            return Agreement(gramian, *fast.decide(gramian, weighting, max_norm_ratio))
+    fused = kernels(gramian.device.type, "_triton_decision")
+    if fused is not None and fused.can_decide(gramian, weighting):
+        fast: Agreement = fused.decide(gramian, weighting, max_norm_ratio)
+        return fast
+    if on_host(gramian) and len(gramian) <= _FEW and "of_few" in vars(type(weighting)):
+        return _decide_few(gramian, weighting, max_norm_ratio)
+    return _decide_many(gramian, weighting, max_norm_ratio)
+
+
+def unsound(weights: Tensor) -> Tensor:
+    """Return bool `(...)`: of weights `(..., W)`, some are negative or not finite, and not all of them NaN."""
+    return ~((weights >= 0) & (weights < math.inf)).all(-1) & ~weights.isnan().all(-1)
+
+
+def _decide_many(
+    gramian: Tensor, weighting: Callable[[Tensor], Tensor], max_norm_ratio: float | None
+) -> Agreement:
     nonfinite = ~gramian.diagonal().isfinite()
     candidates = present(gramian)
     overlong = candidates & _longer_than_median(gramian, candidates, max_norm_ratio)
     voters = candidates & ~overlong
     clean = torch.where(voters[:, None] & voters[None, :], gramian, 0)
+    similarity = cosine(clean)  # before the weighting, which may change what it is shown
     weights = _ask(weighting, clean, voters)
     kept = weights != 0
     poisoned = nonfinite.any() & ~voters.any()
     return Agreement(
         gramian=gramian,
-        cosine=cosine(clean),
+        cosine=similarity,
         weights=torch.where(poisoned, torch.nan, weights),
         kept=kept,
         agreed=kept.any() | ~(voters.any() | poisoned),
@@ -95,7 +114,7 @@ def _longer_than_median(gramian: Tensor, candidates: Tensor, ratio: float | None
 
 def _ask(weighting: Callable[[Tensor], Tensor], clean: Tensor, voters: Tensor) -> Tensor:
     if isinstance(weighting, Weighting):
-        weights = _require_weights(weighting, weighting(clean), len(clean))
+        weights = _require_weights(weighting, weighting(clean), len(voters))
         return torch.where(voters, weights.to(clean.dtype), 0)
     chosen = voters.nonzero().squeeze(1)
     scattered = torch.zeros_like(clean[0])
@@ -105,101 +124,47 @@ def _ask(weighting: Callable[[Tensor], Tensor], clean: Tensor, voters: Tensor) -
     return scattered
 
 
-def _require_weights(weighting: object, weights: Any, count: int) -> Tensor:
+def _require_weights(weighting: object, weights: Tensor, count: int) -> Tensor:
+    """Return the weights, or raise ValueError; what they are, an accelerator tells later (`unsound`)."""
+    found = repr(weights)
     if isinstance(weights, Tensor) and weights.shape == (count,) and weights.dtype.is_floating_point:
-        return weights.detach()
-    found = f"{tuple(weights.shape)} of {weights.dtype}" if isinstance(weights, Tensor) else repr(weights)
-    raise ValueError(f"weighting must return floating point weights of shape ({count},), "
-                     f"found {found} from {weighting!r}")  # fmt: skip
+        if not on_host(weights) or bool(((weights >= 0) & (weights < math.inf)).all()):
+            return weights.detach()
+        found = str(weights.tolist())
+    elif isinstance(weights, Tensor):
+        found = f"{tuple(weights.shape)} of {weights.dtype}"
+    rule = f"weighting must return finite weights >= 0, floating point of shape ({count},)"
+    raise ValueError(f"{rule}, found {found} from {weighting!r}")
 
 
-_MOST_PENDING, _MOST_COSINES = 64, 2**14  # decisions that wait to be added up, and their cosines
+def _decide_few(gramian: Tensor, weighting: Any, max_norm_ratio: float | None) -> Agreement:
+    """Decide in plain numbers, by the weighting's `of_few`."""
+    inner: list[list[float]] = gramian.tolist()
+    ranks = range(len(inner))
+    nonfinite = [not math.isfinite(inner[i][i]) for i in ranks]
+    norm = {i: math.sqrt(inner[i][i]) for i in ranks if not nonfinite[i] and inner[i][i] > 0}
+    limit = math.inf if max_norm_ratio is None or not norm else max_norm_ratio * median_low(norm.values())
+    voters = [i for i in norm if norm[i] <= limit]
+    counts = _require_counts(weighting, weighting.of_few(inner, voters), voters)
+    poisoned = any(nonfinite) and not voters
+    total = math.fsum(counts.values())
+    cosines = [[plain_cosine(inner, i, j) if i in voters and j in voters else 0.0 for j in ranks] for i in ranks]
+    shares = [math.nan if poisoned else counts[i] / total if counts.get(i) else 0.0 for i in ranks]
+    kept = [counts.get(i, 0.0) > 0 for i in ranks]
+    overlong = [i in norm and i not in voters for i in ranks]
+    flags = torch.tensor([kept, [i in voters for i in ranks], nonfinite, overlong])
+    return Agreement(
+        gramian,
+        torch.tensor(cosines, dtype=torch.float64),
+        torch.tensor(shares, dtype=gramian.dtype),
+        flags[0],
+        torch.tensor(any(kept) or not (voters or poisoned)),
+        *flags[1:],
+    )
 
 
-class AgreementMeter:
-    """Running sums over decisions, kept on the device: recording never waits for it, `summary` waits once.
-
-    Decisions are added up many at a time: one by one, that took more launches than the decisions themselves.
-
-    Memory: 4 W + 5 float64 numbers, and the decisions not yet added up: at most 64, of 16 Ki pairs of ranks.
-    """
-
-    def __init__(self) -> None:
-        self._ranks: Tensor | None = None  # (4, W): how often kept, not finite, too long, zero
-        self._totals: Tensor | None = (
-            None  # (5,): decisions, not agreed, weight kept, cosines, decisions with pairs
-        )
-        self._pending: list[Agreement] = []
-
-    def record(self, *agreements: Agreement) -> None:
-        """Add decisions over the same W ranks."""
-        if self._pending and len(self._pending[0].kept) != len(agreements[0].kept):
-            self.reset()
-        self._pending += agreements
-        if len(self._pending) >= min(_MOST_PENDING, _MOST_COSINES // agreements[0].cosine.numel()):
-            self._add_up()
-
-    def _add_up(self) -> None:
-        if not self._pending:
-            return
-        pending, self._pending = self._pending, []
-        names = ("kept", "voters", "nonfinite", "overlong", "agreed", "cosine")
-        kept, voters, nonfinite, overlong, agreed, cosine = (  # (decisions, W), agreed one, cosine W² for each
-            torch.stack([getattr(agreement, name) for agreement in pending]) for name in names
-        )
-        zero = ~(voters | nonfinite | overlong)
-        ranks = torch.stack([kept, nonfinite, overlong, zero]).sum(1, dtype=torch.float64)
-        number = voters.sum(1, dtype=torch.float64)
-        pairs = number * (number - 1)
-        cosines = (cosine.sum((1, 2)) - cosine.diagonal(dim1=1, dim2=2).sum(1)) / pairs.clamp(min=1)
-        each = [torch.ones_like(pairs), ~agreed, kept.mean(1, dtype=torch.float64), cosines, pairs > 0]
-        totals = torch.stack([value.sum(dtype=torch.float64) for value in each])
-        if self._ranks is None or self._totals is None or self._ranks.shape != ranks.shape:
-            self._ranks, self._totals = ranks, totals
-            return
-        # In place: a sum made on one stream must not be freed while another stream still reads it.
-        self._ranks, self._totals = self._ranks.to(ranks).add_(ranks), self._totals.to(totals).add_(totals)
-
-    def summary(self) -> dict[str, float]:
-        """Return the means over the recorded decisions, at one host sync; empty if there were none.
-
-        Keys: `gaf/kept_fraction`, `gaf/skipped_fraction`, `gaf/mean_cosine` (over pairs of voters),
-        `gaf/nonfinite_fraction`, `gaf/overlong_fraction`, `gaf/zero_fraction`, and `gaf/kept_rank_00` … : the
-        share of decisions in which that rank was kept.
-        """
-        self._add_up()
-        if self._ranks is None or self._totals is None:
-            return {}
-        count = self._ranks.shape[1]
-        flat = torch.cat([self._totals, self._ranks.flatten()]).tolist()
-        decisions, skipped, kept, cosines, paired = flat[:5]
-        by_rank = [[n / decisions for n in flat[5 + i * count : 5 + (i + 1) * count]] for i in range(4)]
-        nonfinite, overlong, zero = (sum(shares) / count for shares in by_rank[1:])
-        return {
-            "gaf/kept_fraction": kept / decisions,
-            "gaf/skipped_fraction": skipped / decisions,
-            "gaf/mean_cosine": cosines / paired if paired else float("nan"),
-            "gaf/nonfinite_fraction": nonfinite,
-            "gaf/overlong_fraction": overlong,
-            "gaf/zero_fraction": zero,
-            **{f"gaf/kept_rank_{rank:02d}": share for rank, share in enumerate(by_rank[0])},
-        }
-
-    def reset(self) -> None:
-        """Forget everything recorded."""
-        self._ranks = self._totals = None
-        self._pending = []
-
-    def state_dict(self) -> dict[str, Tensor | None]:
-        """Return a copy of the running sums."""
-        self._add_up()
-        if self._ranks is None or self._totals is None:
-            return {"ranks": None, "totals": None}
-        return {"ranks": self._ranks.clone(), "totals": self._totals.clone()}
-
-    def load_state_dict(self, state: dict[str, Tensor | None]) -> None:
-        """Restore the running sums; those of another world size are dropped at the next decision."""
-        self.reset()
-        ranks, totals = state["ranks"], state["totals"]
-        if ranks is not None and totals is not None:
-            self._ranks, self._totals = ranks.clone(), totals.clone()
+def _require_counts(weighting: object, counts: Any, voters: list[int]) -> dict[int, float]:
+    if isinstance(counts, dict) and all(i in voters and 0 <= count < math.inf for i, count in counts.items()):
+        return counts
+    rule = f"of_few must return what voters count, finite and >= 0, by their ranks among {voters}"
+    raise ValueError(f"{rule}, found {counts!r} from {weighting!r}")

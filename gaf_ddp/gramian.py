@@ -5,6 +5,7 @@ processes; every rank calls them on the slice of the gradients it owns. Rows are
 lie: a rank's own gradient need not be copied beside the others' to be judged with them.
 """
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +22,15 @@ Rows = Tensor | Sequence[Tensor]  # (W, n), or W vectors (n,) of one dtype and d
 # off by 2.7e-4; matrix products of 16 Ki columns, or dot products of 256 Ki, summed in float64, by less than 1e-6.
 _COLUMNS, _DOT_COLUMNS = 16_384, 262_144
 _DOT_ROWS = 8  # a CPU takes up to twice the time for matrix products so thin as for dot products
+# A square below this, for each of its terms, may have lost digits to float32's smallest numbers.
+_FLOOR = 1e-32
 # Elements worked on, and converted to float32 or float64, at a time: what a CPU's cache holds, or fills a GPU.
 _ON_CPU, _ON_ACCELERATOR = 2**19, 2**24
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Return whether the host may read the tensor at once: on an accelerator it would wait for the device."""
+    return tensor.device.type == "cpu"
 
 
 def gram(rows: Rows) -> Tensor:
@@ -32,23 +40,25 @@ def gram(rows: Rows) -> Tensor:
         rows: `(W, n)` floating point, any device, or W vectors `(n,)` of one dtype and device; n may be 0.
 
     Returns:
-        `(W, W)` on the rows' device, float32 (float64 for float64 rows), accumulated in float32 or better.
+        `(W, W)` float64 on the rows' device. Products are added up in float32 or better, and once more in float64
+        where rows are so long or short, beyond norms of 1e-12 to 1e18, that float32 could not hold their squares.
         A NaN or inf in row i shows in row and column i and nowhere else.
 
     Raises:
         ValueError: rows is neither.
     """
     _require_rows(rows)
-    device = rows[0].device.type
-    fused = kernels(device)
+    fused = kernels(rows[0].device.type)
     if fused is not None and isinstance(rows, Tensor) and fused.can_gram(rows):
-        products: Tensor = fused.gram(rows)
-        return products
-    few = device == "cpu" and len(rows) <= _DOT_ROWS
-    return _gram_of_few(rows) if few else _gram_of_many(rows)
+        fast: Tensor = fused.gram(rows)
+        return fast
+    if not on_host(rows[0]):  # float32 products on an accelerator may silently use TF32, those in float64 never do
+        return _matrix_products(rows, torch.float64)
+    products = _dot_products(rows) if len(rows) <= _DOT_ROWS else _matrix_products(rows, _wide(rows))
+    return _matrix_products(rows, torch.float64) if _out_of_range(products, rows) else products
 
 
-def _gram_of_few(rows: Rows) -> Tensor:
+def _dot_products(rows: Rows) -> Tensor:
     """Return the Gramian by dot products, in pieces that stay in a CPU's cache for all of them."""
     wide = _wide(rows)
     total = [[0.0] * len(rows) for _ in rows]
@@ -58,15 +68,12 @@ def _gram_of_few(rows: Rows) -> Tensor:
             for j, b in enumerate(vectors[: i + 1]):
                 total[i][j] += torch.dot(a, b).item()
     ranks = range(len(rows))
-    return torch.tensor([[total[max(i, j)][min(i, j)] for j in ranks] for i in ranks], dtype=wide)
+    return torch.tensor([[total[max(i, j)][min(i, j)] for j in ranks] for i in ranks], dtype=torch.float64)
 
 
-def _gram_of_many(rows: Rows) -> Tensor:
-    """Return the Gramian by matrix products of `_COLUMNS` columns, and one of the rest."""
-    on_cpu = rows[0].device.type == "cpu"
-    # Float32 products on an accelerator may silently use TF32, those in float64 never do.
-    dtype = _wide(rows) if on_cpu else torch.float64
-    columns = max((_ON_CPU if on_cpu else _ON_ACCELERATOR) // len(rows), 1024)
+def _matrix_products(rows: Rows, dtype: torch.dtype) -> Tensor:
+    """Return the Gramian by matrix products in dtype of `_COLUMNS` columns, and one of the rest."""
+    columns = max((_ON_CPU if on_host(rows[0]) else _ON_ACCELERATOR) // len(rows), 1024)
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows[0].device)
     for piece in _matrices(rows, columns):
         part = piece.to(dtype)
@@ -76,7 +83,17 @@ def _gram_of_many(rows: Rows) -> Tensor:
         rest = part[:, whole:]
         with torch.autocast(part.device.type, enabled=False):
             total += torch.bmm(blocks, blocks.mT).double().sum(0) + (rest @ rest.mT).double()
-    return total.to(_wide(rows))
+    return total
+
+
+def _out_of_range(products: Tensor, rows: Rows) -> bool:
+    """Return whether a row that is finite and not zero has a square that float32 products cannot tell."""
+    lost = [
+        row
+        for row, square in zip(rows, products.diagonal().tolist(), strict=True)
+        if not len(row) * _FLOOR <= square < math.inf and row.dtype != torch.float64
+    ]
+    return any(0 < torch.linalg.vector_norm(row, math.inf).item() < math.inf for row in lost if len(row))
 
 
 def combine(rows: Rows, weights: Tensor, out: Tensor | None = None) -> Tensor:
@@ -107,10 +124,10 @@ def combine(rows: Rows, weights: Tensor, out: Tensor | None = None) -> Tensor:
     if fused is not None and isinstance(rows, Tensor) and fused.can_combine(rows, out):
         combined: Tensor = fused.combine(rows, weights, out)
         return combined
-    return (_combine_on_cpu if out.device.type == "cpu" else _combine_on_accelerator)(rows, weights, out)
+    return (_combine_on_host if on_host(out) else _combine_on_accelerator)(rows, weights, out)
 
 
-def _combine_on_cpu(rows: Rows, weights: Tensor, out: Tensor) -> Tensor:
+def _combine_on_host(rows: Rows, weights: Tensor, out: Tensor) -> Tensor:
     """Write the sum into out; the weights are at hand, so rows of weight 0 are not even read."""
     kept = [(row, weight) for row, weight in zip(rows, weights.tolist(), strict=True) if weight != 0.0]
     if not kept:

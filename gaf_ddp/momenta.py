@@ -53,7 +53,7 @@ class Momenta:
         for momentum, row in [(momenta, rows)] if isinstance(rows, Tensor) else zip(momenta, rows, strict=True):
             momentum.add_(row)
         self._used.add(key)
-        return torch.cat([gram(momenta), _largest(rows).to(momenta.dtype)[None]])
+        return torch.cat([gram(momenta), _largest(rows).double()[None]])
 
     def forget(self, key: Hashable, ranks: Tensor) -> None:
         """Let the momenta of some ranks, bool `(W,)`, begin anew at the next step: one NaN would stay for ever."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from gaf_ddp.gramian import on_host
 from gaf_ddp.state import GAFState
 
 
@@ -33,6 +34,9 @@ def skip_on_disagreement(optimizer: Optimizer, state: GAFState) -> Callable[[], 
     Raises:
         TypeError: optimizer or state is not what its name says.
     """
+    # Accelerate's wrapper, for one, is an Optimizer without an Optimizer's hooks, around one that has them.
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, found {type(optimizer).__name__}")
     if not isinstance(state, GAFState):
@@ -43,9 +47,12 @@ def skip_on_disagreement(optimizer: Optimizer, state: GAFState) -> Callable[[], 
         optimizer.register_step_post_hook(veto.after_step),
     ]
 
+    state._skips += 1
+
     def undo() -> None:
-        for handle in handles:
-            handle.remove()
+        state._skips -= bool(handles)
+        while handles:
+            handles.pop().remove()
 
     return undo
 
@@ -101,6 +108,8 @@ class _Veto:
         if not decisions:
             return
         agreed = torch.stack([decision.agreement.agreed for decision in decisions]).tolist()  # one host sync
+        if not on_host(decisions[0].agreement.agreed):  # where the host could read, it has been checked
+            self._state._meter.require_sound()
         for decision, fine in zip(decisions, agreed, strict=True):
             if not fine:
                 for parameter in decision.parameters:

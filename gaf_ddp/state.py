@@ -1,50 +1,24 @@
 """GAFState: the settings of the hook, where it is in training, and what it saw."""
 
 import logging
-import math
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gaf_ddp.agreement import Agreement, AgreementMeter
-from gaf_ddp.compatibility import require_same
-from gaf_ddp.exchange import Exchange, Exchanges
-from gaf_ddp.gramian import Rows
-from gaf_ddp.momenta import Momenta
-from gaf_ddp.overlap import Lane, Promise, open_lane
-from gaf_ddp.weighting import Mean, NeighborhoodAgreement, is_tau_rule, require_tau
+from gaf_ddp import settings
+from gaf_ddp.agreement import Agreement
+from gaf_ddp.gramian import kernels
+from gaf_ddp.meter import AgreementMeter
+from gaf_ddp.pipeline import Decision, Pipeline
+from gaf_ddp.settings import require
+from gaf_ddp.weighting import Mean, NeighborhoodAgreement, require_tau
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Share:
-    """One bucket between its arrival and its decision; of a GradBucket, only what outlives the hook's call."""
-
-    buffer: Tensor  # (N,), DDP's own memory, where the result goes
-    parameters: list[Tensor]
-    is_first: bool  # of its step
-    is_last: bool
-    promise: Promise
-    exchange: Exchange
-    arrive: Callable[[], Rows]  # waits for the rows (W, n)
-
-    @property
-    def key(self) -> tuple[int, ...]:
-        """What the bucket is about: DDP may lay its buckets out anew, so an index would not do."""
-        return tuple(map(id, self.parameters))
-
-
-@dataclass(frozen=True)
-class Decision:
-    """One decision and the parameters it was about."""
-
-    agreement: Agreement
-    parameters: list[Tensor]
+_VERSION = 1  # of what state_dict returns
 
 
 class GAFState:
@@ -63,17 +37,25 @@ class GAFState:
         process_group: the group DDP was built with; None is the default group at the first bucket.
         weighting: any callable from Gramian `(W, W)` to weights `(W,)` in place of tau. It must return the same
             on every rank: seed one that draws random numbers.
-        exchange: `"sharded"` (all-reduce's bytes), `"gather"` (the plain reading), `"auto"` (sharded; on
-            accelerators in bucket scope, gather for buckets too small for bandwidth to matter).
+        exchange: `"sharded"` (a ring all-reduce's bytes per rank), `"gather"` (the plain reading), `"auto"`
+            (sharded; on accelerators in bucket scope, gather for buckets too small for bandwidth to matter).
         wire_dtype: dtype the gradients travel in, e.g. `torch.bfloat16`; products and sums stay in float32. What
             float16 cannot hold, beyond 65504 or below 6e-8, becomes inf or 0.
         max_norm_ratio: a rank whose gradient is longer than this many lower median norms has no vote; None
             switches the guard off.
 
+    tau, weighting, start_step and max_norm_ratio may be assigned while training, on every rank alike; the others
+    hold from the first bucket on. What decides is compared with every decision: a difference between ranks is
+    raised on all of them, on the CPU at once, on accelerators by the next `summary()` or skip that waits for the
+    device.
+
     Attributes:
         step: synchronised backwards seen so far.
         agreement: the last step's `Agreement`, on the device; None before the first step.
         decisions: the last step's decisions with their parameters, one in model scope, one per bucket otherwise.
+
+    On an accelerator read them, and `summary()`, on training's own stream: it waits for the hook's work, others do
+    not.
 
     Memory: bucket scope about one bucket beside DDP's own on accelerators, on the CPU as many as wait for the
     thread, up to one gradient; model scope about one gradient; vote_momentum one float32 gradient more, W with the
@@ -97,55 +79,33 @@ class GAFState:
         max_norm_ratio: float | None = 10.0,
         vote_momentum: float = 0.0,
     ) -> None:
-        _require(
-            process_group is None or isinstance(process_group, dist.ProcessGroup),
-            "process_group must be a torch.distributed.ProcessGroup that this rank is in, or None",
-            process_group,
-        )
-        _require(weighting is None or tau is None, "tau and weighting exclude each other: tau must be None", tau)
-        _require(weighting is None or callable(weighting), "weighting must be callable or None", weighting)
-        _require(scope in ("bucket", "model"), "scope must be 'bucket' or 'model'", scope)
-        _require(
-            exchange in ("auto", "sharded", "gather"),
-            "exchange must be 'auto', 'sharded' or 'gather'",
-            exchange,
-        )
-        _require(_is_number(start_step, int) and start_step >= 0, "start_step must be an integer >= 0", start_step)
-        _require(
-            wire_dtype in (None, torch.float16, torch.bfloat16, torch.float32),
-            "wire_dtype must be None, torch.float16, torch.bfloat16 or torch.float32",
-            wire_dtype,
-        )
-        _require(
-            max_norm_ratio is None or (_is_number(max_norm_ratio, (int, float)) and max_norm_ratio >= 1),
-            "max_norm_ratio must be None or a number >= 1",
-            max_norm_ratio,
-        )
-        _require(
-            _is_number(vote_momentum, (int, float)) and 0 <= vote_momentum < 1,
-            "vote_momentum must be a number in [0, 1)",
-            vote_momentum,
-        )
+        a_group = process_group is None or isinstance(process_group, dist.ProcessGroup)
+        rule = "process_group must be a torch.distributed.ProcessGroup that this rank is in, or None"
+        require(a_group, rule, process_group)
+        require(weighting is None or tau is None, "tau and weighting exclude each other: tau must be None", tau)
+        require(weighting is None or callable(weighting), "weighting must be callable or None", weighting)
+        require(scope in ("bucket", "model"), "scope must be 'bucket' or 'model'", scope)
+        names = ("auto", "sharded", "gather")
+        require(exchange in names, "exchange must be 'auto', 'sharded' or 'gather'", exchange)
+        rule = "wire_dtype must be None, torch.float16, torch.bfloat16 or torch.float32"
+        require(wire_dtype in settings.WIRE_DTYPES, rule, wire_dtype)
         self.process_group = process_group
         self.tau = tau if callable(tau) else require_tau(1.0 if tau is None else tau)
         self.weighting = weighting
         self.scope = scope
         self.exchange = exchange
-        self.start_step = start_step
+        self.start_step = settings.require_step("start_step", start_step)
         self.wire_dtype = wire_dtype
-        self.max_norm_ratio = max_norm_ratio
-        self.vote_momentum = vote_momentum
-        self.momenta = Momenta(vote_momentum) if vote_momentum else None
+        self.max_norm_ratio = (
+            None if max_norm_ratio is None else settings.require_number("max_norm_ratio", max_norm_ratio, 1)
+        )
+        self.vote_momentum = settings.require_number("vote_momentum", vote_momentum, 0, below=1)
 
         self.step = 0
         self.decisions: list[Decision] = []
-        self.meter = AgreementMeter()
-
-        self._parent: dist.ProcessGroup | None = None
-        self._connection: tuple[torch.device, Lane, Exchanges] | None = None
-        self._waiting: list[tuple[Share, Rows, Tensor]] = []
-        self._decided: list[Decision] = []
-        self._sent: list[tuple[Share, Callable[[], None]]] = []
+        self._meter = AgreementMeter()
+        self._skips = 0  # optimizers whose steps are left out by what this state decides
+        self._pipeline: Pipeline | None = None
 
     @property
     def agreement(self) -> Agreement | None:
@@ -161,9 +121,12 @@ class GAFState:
 
         Logs a warning when more than half of the decisions found no agreement: tau is too strict, or gradients are
         not finite. All ranks know the same, so only the group's first one says it.
+
+        Raises:
+            ValueError: ranks decided by unlike settings, or a weighting returned what is no weight.
         """
-        summary = self.meter.summary()
-        speaks = self._parent is None or self._parent.rank() == 0
+        summary = self._meter.summary()
+        speaks = self._pipeline is None or self._pipeline.group.rank() == 0
         if speaks and summary.get("gaf/skipped_fraction", 0.0) > 0.5:
             _logger.warning(
                 "gaf_ddp: nothing agreed in %.0f %% of the decisions; %s",
@@ -173,116 +136,89 @@ class GAFState:
                 else "raise tau or the batch size per rank",
             )
         if reset:
-            self.meter.reset()
+            self._meter.reset()
         return summary
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what training needs to go on: the step and the statistics; momenta begin anew."""
-        return {"step": self.step, "meter": self.meter.state_dict()}
+        """Return what training needs to go on, the step and the statistics, at one host sync; momenta begin anew.
+
+        Plain numbers in lists, the same keys always: it loads through torch.distributed.checkpoint into a fresh
+        state, and at another world size.
+        """
+        return {"version": _VERSION, "step": self.step, "meter": self._meter.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore `state_dict()`; the world size may differ, statistics per rank then start anew."""
-        _require({"step", "meter"} <= state_dict.keys(), "state_dict must hold step and meter", sorted(state_dict))
-        self.step = state_dict["step"]
-        self.meter.load_state_dict(state_dict["meter"])
+        """Restore `state_dict()`; the world size may differ, statistics per rank then start anew.
+
+        Raises:
+            ValueError: state_dict is not what `state_dict()` returns; nothing is changed then.
+        """
+        keys = {"version", "step", "meter"}
+        found = set(state_dict) if isinstance(state_dict, dict) else state_dict
+        require(found == keys, f"state_dict must hold {sorted(keys)}", found)
+        require(
+            state_dict["version"] == _VERSION, f"state_dict's version must be {_VERSION}", state_dict["version"]
+        )
+        step = settings.require_step("state_dict's step", state_dict["step"])
+        self._meter.load_state_dict(state_dict["meter"])
+        self.step = step
 
     def __getstate__(self) -> dict[str, Any]:
         """Return everything but the process group and what hangs on it."""
         if self.process_group is not None:
-            _logger.warning("gaf_ddp: process_group is not pickled; the copy will use the default group")
-        left_behind: dict[str, Any] = {
-            "process_group": None,
-            "momenta": self.momenta and self.momenta.anew(),
-            "_parent": None,
-            "_connection": None,
-            "_waiting": [],
-            "_decided": [],
-            "_sent": [],
-        }
-        return {**self.__dict__, **left_behind, "decisions": []}
+            _logger.warning("gaf_ddp: a GAFState is pickled without its process_group; set it after unpickling")
+        return {**self.__dict__, "process_group": None, "_pipeline": None, "_skips": 0, "decisions": []}
 
-    # What follows is for gaf_hook.
+    # What follows is for gaf_hook and skip_on_disagreement.
 
-    def connect(self, buffer: Tensor) -> tuple[Lane, Exchange]:
-        """Return where a bucket is worked on and how it travels; made at the first bucket, anew for a new group.
-
-        The choice follows from the settings, W and the bucket's bytes alone: the same on every rank.
+    def _connect(self, bucket: Any) -> Pipeline:
+        """Return the way of this model's buckets; made at the first bucket, anew for a new group.
 
         Raises:
-            ValueError: there is no group, the ranks' settings differ, or the buckets' devices do.
+            ValueError: there is no group, it is not the model's, or the ranks' settings differ.
         """
-        parent = self.process_group or dist.group.WORLD
-        if parent is None:
+        group = self.process_group or dist.group.WORLD
+        if group is None:
             raise ValueError("process_group is None and there is no default group: call init_process_group first")
-        if parent is not self._parent:
-            self._parent, self._connection = parent, None
-        if self._connection is None:
-            lane = open_lane(parent, buffer.device)
-            require_same(self._shared_settings(), lane.group)
-            exchanges = Exchanges(lane.group, self.wire_dtype, lane.small_messages)
-            self._connection = buffer.device, lane, exchanges
-        device, lane, exchanges = self._connection
-        if buffer.device != device:
-            rule = "all parameters of a rank's model must be on one device"
-            raise ValueError(f"{rule}, found {device} and {buffer.device}")
-        name = "sharded" if self.exchange == "auto" and self.scope == "model" else self.exchange
-        return lane, exchanges.choose(name, buffer)
+        if self._pipeline is None or self._pipeline.group is not group:
+            settings.require_group(group, bucket.parameters())
+            if group.size() == 1:
+                message = "gaf_ddp: world size 1, there are no other gradients to filter against"
+                warnings.warn(message, stacklevel=3)
+            chosen = {name: getattr(self, name) for name in ("scope", "exchange", "wire_dtype", "vote_momentum")}
+            pipeline = Pipeline(group, bucket.buffer().device, **chosen)
+            shared = settings.as_text({**self._shared(self._weighting_now(), pipeline.device), "step": self.step})
+            settings.require_same(shared, pipeline.lane.group, pipeline.device)
+            self._pipeline = pipeline
+        return self._pipeline
 
-    def _shared_settings(self) -> dict[str, str]:
-        """Return what must be the same on every rank; of callables only their names can be compared."""
-        names = ("scope", "exchange", "wire_dtype", "start_step", "max_norm_ratio", "vote_momentum", "step")
-        tau = "a schedule" if callable(self.tau) else repr(self.tau)
-        rule = self.weighting
-        weighting = (
-            repr(rule) if rule and is_tau_rule(rule) else getattr(rule, "__qualname__", type(rule).__name__)
-        )
-        return {"tau": tau, "weighting": weighting} | {name: repr(getattr(self, name)) for name in names}
+    def _rule(self, device: torch.device) -> tuple[Callable[[Tensor], Tensor], str]:
+        """Return the weighting of the current step, and as text what every rank must decide by."""
+        weighting = self._weighting_now()
+        return weighting, settings.as_text(self._shared(weighting, device))
 
-    def weighting_now(self) -> Callable[[Tensor], Tensor]:
-        """Return the weighting of the current step."""
+    def _weighting_now(self) -> Callable[[Tensor], Tensor]:
         if self.step < self.start_step:
             return Mean()
         if self.weighting is not None:
             return self.weighting
         return NeighborhoodAgreement(self.tau(self.step) if callable(self.tau) else self.tau)
 
-    def wait(self, share: Share, rows: Rows, gramian: Tensor) -> list[tuple[Share, Rows, Tensor]]:
-        """Add a bucket to those without a decision; return them all if it is time for one, else none."""
-        if share.is_first:  # a backward that broke off may have left some behind
-            self._waiting, self._decided = [], []
-        self._waiting.append((share, rows, gramian))
-        if self.scope == "model" and not share.is_last:
-            return []
-        ready, self._waiting = self._waiting, []
-        return ready
+    def _shared(self, weighting: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, object]:
+        """Return what must be the same on every rank."""
+        names = ("scope", "exchange", "wire_dtype", "start_step", "max_norm_ratio", "vote_momentum")
+        return {
+            "tau": getattr(weighting, "tau", "none") if callable(self.tau) else self.tau,
+            "weighting": settings.describe(weighting),
+            **{name: getattr(self, name) for name in names},
+            "skip_on_disagreement": self._skips,
+            "fused kernels": kernels(device.type) is not None,
+            **settings.versions(),
+        }
 
-    def send(self, share: Share, arrive: Callable[[], None]) -> None:
-        """Note that a bucket's average is on its way."""
-        self._sent.append((share, arrive))
-
-    def sent(self) -> list[tuple[Share, Callable[[], None]]]:
-        """Return the buckets on their way, each with the function that waits for it, and forget them."""
-        sent, self._sent = self._sent, []
-        return sent
-
-    def record(self, agreement: Agreement, shares: list[Share]) -> None:
-        """Keep a decision; the last bucket's ends the step."""
-        self._decided.append(Decision(agreement, [p for share in shares for p in share.parameters]))
-        if self.momenta is not None:
-            for share in shares:
-                self.momenta.forget(share.key, agreement.nonfinite | agreement.overlong)
-        if shares[-1].is_last:
-            if self.momenta is not None:
-                self.momenta.finish()
-            self.decisions, self._decided = self._decided, []
-            self.meter.record(*(decision.agreement for decision in self.decisions))
-            self.step += 1
-
-
-def _is_number(value: object, kind: type | tuple[type, ...]) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and not math.isnan(value)  # type: ignore[arg-type]
-
-
-def _require(holds: bool, rule: str, found: object) -> None:
-    if not holds:
-        raise ValueError(f"{rule}, found {found!r}")
+    def _end_step(self, decided: list[tuple[Decision, Tensor]]) -> None:
+        """Keep what a step decided, with the numbers of the settings that each rank decided by."""
+        self.decisions = [decision for decision, _ in decided]
+        if decided:
+            self._meter.record([(decision.agreement, numbers) for decision, numbers in decided])
+        self.step += 1

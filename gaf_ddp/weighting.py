@@ -6,8 +6,7 @@ Distances are cosine distances, `1 − cos`, in [0, 2].
 """
 
 import math
-from collections.abc import Callable
-from typing import Literal, TypeGuard
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +18,10 @@ class Weighting:
     A rank whose row and column are zero (or whose diagonal entry is not finite) is absent: it gets weight 0,
     takes no part in any vote and is in no divisor. Callables that are not of this class (TorchJD's weightings,
     a lambda) are shown the Gramian of the present ranks alone.
+
+    A class may say its rule a second way, in plain numbers, as a hundred small tensor operations cost more where
+    ranks are few and on the CPU: `of_few(gramian, voters)` takes the Gramian as lists and the ranks that vote, and
+    returns what each kept rank counts in the average. A subclass of such a class is asked by its own ways alone.
     """
 
     def __call__(self, gramian: Tensor) -> Tensor:
@@ -32,6 +35,10 @@ class Mean(Weighting):
     def __call__(self, gramian: Tensor) -> Tensor:
         """Return the weights `(W,)`."""
         return _average(present(gramian), gramian.dtype)
+
+    def of_few(self, gramian: list[list[float]], voters: list[int]) -> dict[int, float]:
+        """Return what each kept rank counts."""
+        return dict.fromkeys(voters, 1.0)
 
     def __repr__(self) -> str:
         """Return the constructor call."""
@@ -65,7 +72,15 @@ class NeighborhoodAgreement(Weighting):
         ranks = torch.arange(len(gramian), device=gramian.device)
         centre = torch.where(spread == spread.min(), ranks, len(gramian)).min()
         kept = near.index_select(0, centre.view(1)).squeeze(0)
-        return _average(agreeing(kept, voters), gramian.dtype)
+        return _average(_agreeing(kept, voters), gramian.dtype)
+
+    def of_few(self, gramian: list[list[float]], voters: list[int]) -> dict[int, float]:
+        """Return what each kept rank counts."""
+        distance = {i: {j: 1 - plain_cosine(gramian, i, j) for j in voters} for i in voters}
+        near = {i: [j for j in voters if j == i or distance[i][j] <= self.tau] for i in voters}
+        spread = {i: math.fsum(distance[i][j] for j in near[i]) for i in voters}
+        centre = min(voters, key=lambda i: (-len(near[i]), spread[i], i), default=None)
+        return {} if centre is None or len(near[centre]) < 2 <= len(voters) else dict.fromkeys(near[centre], 1.0)
 
     def __repr__(self) -> str:
         """Return the constructor call."""
@@ -115,19 +130,25 @@ class SequentialAgreement(Weighting):
             against = torch.where(keep, factor * (against + row), against)
             weights = torch.where(keep, factor * (weights + one_hot[i]), weights)
         total = weights.sum().clamp(min=torch.finfo(torch.float64).tiny)
-        return (weights / total * agreeing(weights != 0, voters)).to(gramian.dtype)
+        return (weights / total * _agreeing(weights != 0, voters)).to(gramian.dtype)
+
+    def of_few(self, gramian: list[list[float]], voters: list[int]) -> dict[int, float]:
+        """Return what each kept rank counts."""
+        counts: dict[int, float] = {}
+        square, against = 0.0, dict.fromkeys(voters, 0.0)  # |v|², and inner products of v with every gradient
+        for i in voters:
+            own = gramian[i][i]
+            if counts and not 1 - _ratio(against[i], own * square) <= self.tau:  # NaN is not near
+                continue
+            factor = self.factor if counts else 1.0
+            square = factor * factor * (square + 2 * against[i] + own)
+            against = {j: factor * (against[j] + gramian[i][j]) for j in voters}
+            counts = {j: factor * count for j, count in counts.items()} | {i: factor}
+        return {} if len(counts) < 2 <= len(voters) else counts
 
     def __repr__(self) -> str:
         """Return the constructor call."""
         return f"SequentialAgreement(tau={self.tau}, running={self.running!r})"
-
-
-TauRule = NeighborhoodAgreement | SequentialAgreement
-
-
-def is_tau_rule(weighting: Callable[[Tensor], Tensor]) -> TypeGuard[TauRule]:
-    """Return whether it is one of these rules, which have faster ways; a subclass may decide otherwise."""
-    return type(weighting) in (NeighborhoodAgreement, SequentialAgreement)
 
 
 def cosine(gramian: Tensor) -> Tensor:
@@ -148,9 +169,9 @@ def present(gramian: Tensor) -> Tensor:
     return square.isfinite() & (square > 0)
 
 
-def agreeing(kept: Tensor, voters: Tensor) -> Tensor:
-    """Return kept, or nothing kept where two or more voters left fewer than two."""
-    return kept & ((kept.sum() >= 2) | (voters.sum() < 2))
+def plain_cosine(gramian: list[list[float]], i: int, j: int) -> float:
+    """Return one of the `cosine`s in plain numbers, of two gradients that are present."""
+    return _ratio(gramian[i][j], gramian[i][i] * gramian[j][j])
 
 
 def require_tau(tau: float) -> float:
@@ -160,5 +181,18 @@ def require_tau(tau: float) -> float:
     return float(tau)
 
 
+def _agreeing(kept: Tensor, voters: Tensor) -> Tensor:
+    """Return kept, or nothing kept where two or more voters left fewer than two."""
+    return kept & ((kept.sum() >= 2) | (voters.sum() < 2))
+
+
 def _average(kept: Tensor, dtype: torch.dtype) -> Tensor:
     return kept.to(dtype) / kept.sum().clamp(min=1)
+
+
+def _ratio(product: float, squares: float) -> float:
+    """Return product / sqrt(squares) within [-1, 1]; 0 where there is no length, NaN where product is."""
+    if not squares > 0:
+        return 0.0
+    cosine = product / math.sqrt(squares)
+    return 1.0 if cosine > 1 else -1.0 if cosine < -1 else cosine

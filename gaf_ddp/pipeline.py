@@ -1,0 +1,179 @@
+"""Buckets on their way: out of DDP's hands, through an exchange, to a decision, and back."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gaf_ddp.agreement import Agreement
+from gaf_ddp.exchange import Exchange
+from gaf_ddp.gramian import Rows, gram, on_host
+from gaf_ddp.lanes import Promise, open_lane
+from gaf_ddp.momenta import Momenta, judged
+from gaf_ddp.settings import fingerprint, require_same
+
+
+@dataclass(eq=False)
+class Arrival:
+    """One bucket between its arrival and its average; of a GradBucket, only what outlives the hook's call."""
+
+    buffer: Tensor  # (N,), DDP's own memory, where the result goes
+    parameters: list[Tensor]
+    step: int
+    index: int  # of the bucket, in this step
+    is_first: bool  # of its step
+    is_last: bool
+    promise: Promise
+    exchange: Exchange
+    receive: Callable[[], Rows]  # waits for the rows (W, n)
+    rows: Rows = ()
+    measured: Tensor | None = None  # (W, W) float64, or with rows below
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """What the bucket is about: DDP may lay its buckets out anew, so an index would not do."""
+        return tuple(map(id, self.parameters))
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Let what is raised say which bucket of which step it was about."""
+        where = f"gaf_ddp: step {self.step}, bucket {self.index}"
+        try:
+            yield
+        except RuntimeError as error:  # torch's own, as of a lost connection
+            raise RuntimeError(f"{where}: {error}") from error
+        except Exception as error:
+            if hasattr(error, "add_note"):  # since Python 3.11
+                error.add_note(where)
+            raise
+
+
+class Decision(NamedTuple):
+    """One decision and the parameters it was about."""
+
+    agreement: Agreement
+    parameters: list[Tensor]
+
+
+class Pipeline:
+    """The way of one model's buckets, from the first one on; a bucket passes its methods in their order here."""
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        *,
+        scope: str,
+        exchange: str,
+        wire_dtype: torch.dtype | None,
+        vote_momentum: float,
+    ) -> None:
+        self.group, self.device = group, device
+        self.lane = open_lane(group, device, wire_dtype)
+        self._scope, self._exchange = scope, exchange
+        self._momenta = Momenta(vote_momentum) if vote_momentum else None
+        self._latest: int | None = None  # the index of the last bucket taken, None between steps
+        self._waiting: list[Arrival] = []  # for a decision
+        self._landing: list[tuple[Arrival, Callable[[], None]]] = []  # their averages are on their way
+        self._decided: list[tuple[Decision, Tensor]] = []  # in this step, with the numbers of the ranks' settings
+        self._message: tuple[str, Tensor] | None = None
+
+    def close(self) -> bool:
+        """Take no more buckets for this step; return whether its last one never came."""
+        latest, self._latest = self._latest, None
+        return latest is not None
+
+    def take(self, bucket: Any, step: int) -> Arrival:
+        """Start a bucket on its way.
+
+        Raises:
+            ValueError: it is on another device than the first one.
+        """
+        buffer: Tensor = bucket.buffer()
+        if buffer.device != self.device:
+            rule = "all parameters of a rank's model must be on one device"
+            raise ValueError(f"{rule}, found {self.device} and {buffer.device}")
+        promise, index, is_last = self.lane.promise(), bucket.index(), bucket.is_last()
+        is_first = self._latest is None or index <= self._latest  # or a backward broke off
+        self._latest = None if is_last else index
+        exchange = self._choose(buffer)
+        parameters, receive = bucket.parameters(), exchange.scatter(buffer)
+        return Arrival(buffer, parameters, step, index, is_first, is_last, promise, exchange, receive)
+
+    def _choose(self, buffer: Tensor) -> Exchange:
+        """Return how the bucket travels: by the settings, W and its bytes alone, the same on every rank."""
+        small = self.group.size() * buffer.numel() * buffer.element_size() <= self.lane.small_bytes
+        gathers = self._exchange == "gather" or (self._exchange == "auto" and self._scope == "bucket" and small)
+        return self.lane.gather if gathers else self.lane.sharded
+
+    def measure(self, arrival: Arrival) -> list[Arrival]:
+        """Receive a bucket's rows and take their inner products; return all that are to be decided on now."""
+        if arrival.is_first:  # a backward that broke off may have left some behind
+            self._waiting, self._decided = [], []
+            self.land()
+        arrival.rows = arrival.receive()
+        arrival.measured = (
+            gram(arrival.rows) if self._momenta is None else self._momenta.measure(arrival.key, arrival.rows)
+        )
+        self._waiting.append(arrival)
+        return self.due() if self._scope == "bucket" or arrival.is_last else []
+
+    def due(self) -> list[Arrival]:
+        """Return the buckets that wait for a decision, which is taken now."""
+        due, self._waiting = self._waiting, []
+        return due
+
+    def sum(self, arrivals: list[Arrival], settings: str) -> tuple[Tensor, Tensor]:
+        """Return the Gramian `(W, W)` of what is judged, and the number `(W,)` of each rank's settings.
+
+        Raises:
+            ValueError: on the CPU, settings differ between the ranks; on accelerators the numbers tell later.
+        """
+        measured = [arrival.measured for arrival in arrivals if arrival.measured is not None]
+        total = measured[0] if len(measured) == 1 else torch.stack(measured).sum(0)
+        summed = arrivals[0].exchange.sum(torch.cat([total, self._own_message(settings)]))
+        gramian, numbers = summed[:-1], summed[-1]
+        if on_host(numbers) and len(set(numbers.tolist())) > 1:
+            require_same(settings, self.lane.group, self.device)
+        return (gramian if self._momenta is None else judged(gramian)), numbers
+
+    def _own_message(self, settings: str) -> Tensor:
+        """Return `(1, W)`, this rank's number in its own column: the sum over the ranks holds everyone's."""
+        if self._message is None or self._message[0] != settings:
+            row = torch.zeros(1, self.group.size(), dtype=torch.float64, device=self.device)
+            row[:, self.group.rank()] = fingerprint(settings)
+            self._message = settings, row
+        return self._message[1]
+
+    def send(self, arrivals: list[Arrival], agreement: Agreement, numbers: Tensor) -> None:
+        """Average the rows by the weights and start the averages on their way back."""
+        for arrival in arrivals:
+            finish = arrival.exchange.gather(arrival.rows, agreement.weights, arrival.buffer)
+            arrival.rows = ()
+            if self._momenta is not None:
+                self._momenta.forget(arrival.key, agreement.nonfinite | agreement.overlong)
+            if finish is None:
+                arrival.promise.set_result(arrival.buffer)
+            else:
+                self._landing.append((arrival, finish))
+        parameters = [parameter for arrival in arrivals for parameter in arrival.parameters]
+        self._decided.append((Decision(agreement, parameters), numbers))
+
+    def end_step(self) -> list[tuple[Decision, Tensor]]:
+        """Return what was decided in this step, and forget what only it needed."""
+        if self._momenta is not None:
+            self._momenta.finish()
+        decided, self._decided = self._decided, []
+        return decided
+
+    def land(self) -> None:
+        """Wait for every average that is on its way, and hand them to DDP."""
+        landing, self._landing = self._landing, []
+        for arrival, finish in landing:
+            with arrival.named():
+                finish()
+            arrival.promise.set_result(arrival.buffer)
