@@ -15,7 +15,7 @@ import sys
 import time
 
 from benchmarks.command_line import described, positive
-from tests.hosts import Hosts, why_no_hosts
+from tools.hosts import Hosts, why_no_hosts
 
 
 def rate(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Fixtures that start ranks; see tests/ranks.py."""
+"""Fixtures that start ranks; see tools/ranks.py."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ranks import run_ranks
+from tools.ranks import run_ranks
 
 torch.set_num_threads(1)  # the tests' tensors are small, and the ranks want the cores
 

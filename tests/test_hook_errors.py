@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gaf_ddp import GAFState, gaf_hook
 from tests.nets import Probe, ddp
-from tests.ranks import RankError, run_ranks
+from tools.ranks import RankError, run_ranks
 
 Ranks = Callable[..., list[Any]]
 

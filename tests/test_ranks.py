@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.ranks import RankError, _Rank
+from tools.ranks import RankError, _make_warnings_errors, _Rank
 
 Ranks = Callable[..., list[Any]]
 
@@ -78,6 +78,18 @@ def warn(device: torch.device) -> None:
 def test_a_warning_fails(gloo_ranks: Ranks) -> None:
     with pytest.raises(RankError, match="UserWarning: careful"):
         gloo_ranks(1, warn)
+
+
+@pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning])
+def test_what_is_deprecated_fails_only_if_asked(category: type[Warning], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GAF_DDP_STRICT_WARNINGS", raising=False)
+    with warnings.catch_warnings():
+        _make_warnings_errors()
+        warnings.warn("careful", category, stacklevel=1)
+        monkeypatch.setenv("GAF_DDP_STRICT_WARNINGS", "1")
+        _make_warnings_errors()
+        with pytest.raises(category, match="careful"):
+            warnings.warn("careful", category, stacklevel=1)
 
 
 def test_an_exit_code_survives_another_thread_that_starts_a_rank(

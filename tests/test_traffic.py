@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from gaf_ddp import GAFState, gaf_hook
-from tests.hosts import Hosts, bytes_sent, why_no_hosts
 from tests.nets import Probe, ddp
+from tools.hosts import Hosts, bytes_sent, why_no_hosts
 
 W, WARM_UP, STEPS = 4, 2, 2  # connections are made, and DDP makes its buckets anew, in the steps before
 SIZES = [262_144] * 10  # 10 MB

@@ -5,6 +5,6 @@ Started here, before a benchmark asks: without the ranks' imports every rank of 
 
 from multiprocessing import forkserver
 
-import tests.ranks  # noqa: F401  what it asks for
+import tools.ranks  # noqa: F401  what it asks for
 
 forkserver.ensure_running()

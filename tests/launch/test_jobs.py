@@ -13,7 +13,7 @@ from launch.ranks import LaunchError, together
 from launch.records import Record, Result, results
 from launch.trainer import Trainer
 from tests.launch.jobs import Outcome, RunRanks, rank_of_job, run_job, run_job_until_power_cut
-from tests.ranks import RankError
+from tools.ranks import RankError
 
 
 def _results(folder: Path) -> dict[str, list[Result]]:

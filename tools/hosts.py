@@ -72,7 +72,7 @@ class Hosts:
         """
         task = folder / f"task-{uuid.uuid4().hex}"
         task.write_bytes(pickle.dumps((body, args)))
-        command = [sys.executable, "-m", "tests.hosts", str(task), str(len(self.names))]
+        command = [sys.executable, "-m", "tools.hosts", str(task), str(len(self.names))]
         processes = [
             subprocess.Popen(
                 ["ip", "netns", "exec", name, *command, str(rank)],
