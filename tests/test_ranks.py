@@ -83,7 +83,7 @@ def test_a_warning_fails(gloo_ranks: Ranks) -> None:
 @pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning])
 def test_what_is_deprecated_fails_only_if_asked(category: type[Warning], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GAF_DDP_STRICT_WARNINGS", raising=False)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(record=True):
         _make_warnings_errors()
         warnings.warn("careful", category, stacklevel=1)
         monkeypatch.setenv("GAF_DDP_STRICT_WARNINGS", "1")
