@@ -27,10 +27,12 @@ _FLOOR = 1e-32
 # Elements worked on, and converted to float32 or float64, at a time: what a CPU's cache holds, or fills a GPU.
 _ON_CPU, _ON_ACCELERATOR = 2**19, 2**24
 
+_HOST = "cpu"  # what is no accelerator: the one place to change for tests of the accelerators' way without one
+
 
 def on_host(tensor: Tensor) -> bool:
     """Return whether the host may read the tensor at once: on an accelerator it would wait for the device."""
-    return tensor.device.type == "cpu"
+    return tensor.device.type == _HOST
 
 
 def gram(rows: Rows) -> Tensor:

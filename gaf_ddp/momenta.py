@@ -11,7 +11,7 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
-from gaf_ddp.gramian import Rows, gram
+from gaf_ddp.gramian import Rows, gram, on_host
 
 
 class Momenta:
@@ -46,7 +46,7 @@ class Momenta:
             self._momenta[key] = momenta
         else:
             forgotten = self._forgotten.pop(key, None)
-            if forgotten is not None and (momenta.device.type != "cpu" or bool(forgotten.any())):
+            if forgotten is not None and (not on_host(momenta) or bool(forgotten.any())):
                 momenta.masked_fill_(forgotten[:, None], 0)
         momenta.mul_(self._decay)
         # A matrix in few launches, however many ranks; vectors one by one, where they lie.
