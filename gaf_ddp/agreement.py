@@ -74,9 +74,9 @@ def decide(gramian: Tensor, weighting: Callable[[Tensor], Tensor], max_norm_rati
     return _decide_many(gramian, weighting, max_norm_ratio)
 
 
-def unsound(weights: Tensor) -> Tensor:
-    """Return bool `(...)`: of weights `(..., W)`, some are negative or not finite, and not all of them NaN."""
-    return ~((weights >= 0) & (weights < math.inf)).all(-1) & ~weights.isnan().all(-1)
+def unsound(weights: Tensor, voters: Tensor) -> Tensor:
+    """Return bool `(...)`: somebody votes, and of the weights `(..., W)` some are negative or not finite."""
+    return ~((weights >= 0) & (weights < math.inf)).all(-1) & voters.any(-1)
 
 
 def _decide_many(

@@ -132,6 +132,6 @@ def _sums(agreements: list[Agreement], settings: Tensor) -> dict[str, Tensor]:
     zero = ~(voters | nonfinite | overlong)
     differing = settings != settings[:, :1]
     by_rank = torch.stack([kept, nonfinite, overlong, zero, differing]).sum(1, dtype=torch.float64)
-    each = [torch.ones_like(pairs), ~agreed, unsound(weights), pairs > 0, cosines]
+    each = [torch.ones_like(pairs), ~agreed, unsound(weights, voters), pairs > 0, cosines]
     in_all = torch.stack([value.sum(0, True, dtype=torch.float64) for value in each])
     return {**dict(zip(_BY_RANK, by_rank, strict=True)), **dict(zip(_IN_ALL, in_all, strict=True))}
