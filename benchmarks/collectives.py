@@ -33,17 +33,29 @@ from benchmarks.measure import (
     write_json,
 )
 from gaf_ddp import NeighborhoodAgreement, gram
-from gaf_ddp.exchange import Exchange, Exchanges
-from gaf_ddp.verdict import Verdict
+from gaf_ddp.agreement import decide
+from gaf_ddp.collectives import all_gather_single, reduce_scatter_single
+from gaf_ddp.exchange import Exchange, GatherExchange, ShardedExchange
+from gaf_ddp.peer import PeerExchange
 
 Operation = tuple[Callable[[], object], Callable[[], int], float]  # run, count wrong elements, busbw factor
+
+
+def exchanges(group: dist.ProcessGroup, device: torch.device) -> dict[str, Exchange]:
+    """Return the exchanges that the hook would choose from, over the group itself."""
+    sharded = PeerExchange(group) if device.type == "cpu" else ShardedExchange(group)
+    return {"sharded": sharded, "gather": GatherExchange(group)}
 
 
 def filter_bucket(exchange: Exchange, bucket: Tensor) -> None:
     """Do what the hook does for one bucket."""
     rows = exchange.scatter(bucket)()
-    gramian = exchange.sum(gram(rows))
-    exchange.gather(rows, Verdict(gramian, NeighborhoodAgreement(2.0), 10.0), bucket)()
+    products = gram(rows)
+    message = products.new_zeros(1, len(rows))  # as the hook's, of its settings
+    gramian = exchange.sum(torch.cat([products, message]))[:-1]
+    finish = exchange.gather(rows, decide(gramian, NeighborhoodAgreement(2.0), 10.0).weights, bucket)
+    if finish is not None:
+        finish()
 
 
 def operations(count: int, dtype: torch.dtype, device: torch.device) -> dict[str, Operation]:
@@ -71,12 +83,12 @@ def operations(count: int, dtype: torch.dtype, device: torch.device) -> dict[str
     half = (size - 1) / size
     named = {
         "all_reduce": operation(lambda: dist.all_reduce(reduced), reduced, total, 2 * half),
-        "reduce_scatter": operation(lambda: dist.reduce_scatter_tensor(small, full), small, total, half),
-        "all_gather": operation(lambda: dist.all_gather_into_tensor(out, slice_), out, by_rank, half),
+        "reduce_scatter": operation(lambda: reduce_scatter_single(small, full), small, total, half),
+        "all_gather": operation(lambda: all_gather_single(out, slice_), out, by_rank, half),
         "all_to_all": operation(lambda: dist.all_to_all_single(out, full), out, by_rank, half),
     }
-    for name in ("sharded", "gather"):
-        filtered, exchange = full.clone(), Exchanges(group, None).choose(name, full)
+    for name, exchange in exchanges(group, device).items():
+        filtered = full.clone()
         run = partial(filter_bucket, exchange, filtered)
         named[f"gaf_{name}"] = operation(run, filtered, total / size, 2 * half)
     return named

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from gaf_ddp.agreement import decide
-from gaf_ddp.lanes import at_end_of_backward
+from gaf_ddp.lanes import at_end_of_backward, named
 from gaf_ddp.pipeline import Arrival, Pipeline
 from gaf_ddp.state import GAFState
 
@@ -70,7 +70,7 @@ def gaf_hook(
 
 def _filter(state: GAFState, pipeline: Pipeline, arrival: Arrival) -> None:
     """Receive one bucket's rows; once a decision is due, take it for every bucket that waits for it."""
-    with arrival.named():
+    with named(arrival.name):
         arrivals = pipeline.measure(arrival)
         if arrivals:
             _decide(state, pipeline, arrivals)
@@ -96,7 +96,7 @@ def _close(state: GAFState, pipeline: Pipeline) -> None:
     """Decide on what waits for a bucket that never came, and end the step."""
     arrivals = pipeline.due()
     if arrivals:
-        with arrivals[0].named():
+        with named(arrivals[0].name):
             _decide(state, pipeline, arrivals)
     state._end_step(pipeline.end_step())
     pipeline.land()

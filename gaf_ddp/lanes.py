@@ -7,7 +7,8 @@ is enqueued at once, in the hook, on a side stream: the device keeps the order a
 
 import atexit
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from queue import SimpleQueue
@@ -21,9 +22,10 @@ from torch.autograd import Variable
 from torch.futures import Future
 
 from gaf_ddp.exchange import Exchange, GatherExchange, ShardedExchange
-from gaf_ddp.peer import MOST_SWAPPING, PeerExchange
+from gaf_ddp.peer import MOST_SWAPPING, PeerExchange, meet
 
 Promise = Future[Tensor]
+_PATIENCE = 3.0  # seconds; without it 3 of 18 processes that ended while the thread was at work aborted
 _Tasks = SimpleQueue[Callable[[], None] | None]
 
 
@@ -37,7 +39,9 @@ class ThreadLane:
     small_bytes = 0  # gathering never won at W = 4; at W = 2 it did up to 1 MB, where a bucket takes 0.1 to 3 ms
 
     def __init__(self, parent: dist.ProcessGroup, device: torch.device, wire_dtype: torch.dtype | None) -> None:
-        _meet(parent, device)
+        # `new_group` would wait for a rank that died until the time-out, and not say for whom.
+        with named("before the first bucket"):
+            meet(parent)
         self.group = _sibling_group(parent, device)
         # Swapped Gramians have connections of their own: behind megabytes of gradients they would wait.
         small_messages = _sibling_group(parent, device) if parent.size() <= MOST_SWAPPING else self.group
@@ -161,6 +165,19 @@ def at_end_of_backward(call: Callable[[], None]) -> bool:
     return True
 
 
+@contextmanager
+def named(where: str) -> Iterator[None]:
+    """Let what is raised say where: in the text of torch's own errors, as of a lost connection, else in a note."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"gaf_ddp: {where}: {error}") from error
+    except Exception as error:
+        if hasattr(error, "add_note"):  # since Python 3.11
+            error.add_note(f"gaf_ddp: {where}")
+        raise
+
+
 def _serve(tasks: _Tasks, threads: int) -> None:
     # A new thread does not know of set_num_threads: matrix products would wake a second thread per core.
     torch.set_num_threads(threads)
@@ -170,20 +187,10 @@ def _serve(tasks: _Tasks, threads: int) -> None:
 
 
 def _leave(tasks: _Tasks, thread: Thread) -> None:
-    """Let the thread finish before the interpreter ends, but wait for ranks that do not come 5 s at most."""
+    """Let the thread finish before the interpreter ends, but do not wait for ranks that do not come."""
     tasks.put(None)
     if thread is not current_thread():
-        thread.join(5)
-
-
-def _meet(parent: dist.ProcessGroup, device: torch.device) -> None:
-    """Wait for every rank, where gloo can: `new_group` would wait for one that died until the time-out."""
-    if dist.get_backend(parent) != dist.Backend.GLOO:
-        return
-    try:
-        dist.monitored_barrier(parent, _timeout(parent, device), wait_all_ranks=True)
-    except RuntimeError as error:
-        raise RuntimeError(f"gaf_ddp: not all ranks came to the first bucket: {error}") from error
+        thread.join(_PATIENCE)
 
 
 def _sibling_group(parent: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:

@@ -1,6 +1,7 @@
 """The sharded exchange over plain sends and receives, for gloo on the CPU."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -14,7 +15,7 @@ from gaf_ddp.memory import CACHE_LINE, Workspace
 MOST_SWAPPING = 16  # ranks whose Gramians are swapped whole, in one hop, and not all-reduced
 
 # Tags: each kind of message has its own order, apart from the user's own messages in the same group.
-_SCATTER, _SUM, _GATHER = 26_465, 26_466, 26_467
+_SCATTER, _SUM, _GATHER, _MEET = 26_465, 26_466, 26_467, 26_468
 
 
 class PeerExchange:
@@ -95,21 +96,39 @@ def _slices(bucket: Tensor, count: int) -> tuple[Tensor, ...]:
     return torch.split(bucket, [end - start for start, end in pairwise([*starts, bucket.numel()])])
 
 
+def meet(group: dist.ProcessGroup) -> None:
+    """Wait until every rank has come this far, and name one that died: other waits end by the time-out alone."""
+    tokens = list(torch.zeros(group.size(), 1).unbind())
+    _swap(group, tokens, list(torch.empty(group.size(), 1).unbind()), _MEET)()
+
+
 def _swap(
     group: dist.ProcessGroup, sent: Sequence[Tensor], received: Sequence[Tensor], tag: int
 ) -> Callable[[], None]:
     """Send `sent[r]` to each other rank r, receive its tensor into `received[r]`; return the wait for both."""
     rank, size = group.rank(), group.size()
     others = [(rank + step) % size for step in range(1, size)]
-    works = [(r, dist.irecv(received[r], group=group, group_src=r, tag=tag)) for r in reversed(others)]
-    works += [(r, dist.isend(sent[r], group=group, group_dst=r, tag=tag)) for r in others]
+    works: list[tuple[int, dist.Work | None]] = []
+    for other in reversed(others):
+        with _with(other, rank):
+            works.append((other, dist.irecv(received[other], group=group, group_src=other, tag=tag)))
+    for other in others:
+        with _with(other, rank):
+            works.append((other, dist.isend(sent[other], group=group, group_dst=other, tag=tag)))
 
     def finish() -> None:
         for other, work in works:
-            try:
+            with _with(other, rank):
                 if work is not None:
                     work.wait()
-            except RuntimeError as error:
-                raise RuntimeError(f"rank {rank} lost rank {other}: {error}") from error
 
     return finish
+
+
+@contextmanager
+def _with(other: int, rank: int) -> Iterator[None]:
+    """Let what is raised on a message between two ranks name them: gloo names addresses at best."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"rank {rank} lost rank {other}: {error}") from error

@@ -1,7 +1,6 @@
 """Buckets on their way: out of DDP's hands, through an exchange, to a decision, and back."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from gaf_ddp.agreement import Agreement
 from gaf_ddp.exchange import Exchange
 from gaf_ddp.gramian import Rows, gram, on_host
-from gaf_ddp.lanes import Promise, open_lane
+from gaf_ddp.lanes import Promise, named, open_lane
 from gaf_ddp.momenta import Momenta, judged
 from gaf_ddp.settings import fingerprint, require_same
 
@@ -29,7 +28,7 @@ class Arrival:
     is_last: bool
     promise: Promise
     exchange: Exchange
-    receive: Callable[[], Rows]  # waits for the rows (W, n)
+    receive: Callable[[], Rows] | None = None  # waits for the rows (W, n)
     rows: Rows = ()
     measured: Tensor | None = None  # (W, W) float64, or with rows below
 
@@ -38,18 +37,10 @@ class Arrival:
         """What the bucket is about: DDP may lay its buckets out anew, so an index would not do."""
         return tuple(map(id, self.parameters))
 
-    @contextmanager
-    def named(self) -> Iterator[None]:
-        """Let what is raised say which bucket of which step it was about."""
-        where = f"gaf_ddp: step {self.step}, bucket {self.index}"
-        try:
-            yield
-        except RuntimeError as error:  # torch's own, as of a lost connection
-            raise RuntimeError(f"{where}: {error}") from error
-        except Exception as error:
-            if hasattr(error, "add_note"):  # since Python 3.11
-                error.add_note(where)
-            raise
+    @property
+    def name(self) -> str:
+        """Which bucket it is, for what goes wrong."""
+        return f"step {self.step}, bucket {self.index}"
 
 
 class Decision(NamedTuple):
@@ -101,8 +92,10 @@ class Pipeline:
         is_first = self._latest is None or index <= self._latest  # or a backward broke off
         self._latest = None if is_last else index
         exchange = self._choose(buffer)
-        parameters, receive = bucket.parameters(), exchange.scatter(buffer)
-        return Arrival(buffer, parameters, step, index, is_first, is_last, promise, exchange, receive)
+        arrival = Arrival(buffer, bucket.parameters(), step, index, is_first, is_last, promise, exchange)
+        with named(arrival.name):
+            arrival.receive = exchange.scatter(buffer)
+        return arrival
 
     def _choose(self, buffer: Tensor) -> Exchange:
         """Return how the bucket travels: by the settings, W and its bytes alone, the same on every rank."""
@@ -115,10 +108,9 @@ class Pipeline:
         if arrival.is_first:  # a backward that broke off may have left some behind
             self._waiting, self._decided = [], []
             self.land()
-        arrival.rows = arrival.receive()
-        arrival.measured = (
-            gram(arrival.rows) if self._momenta is None else self._momenta.measure(arrival.key, arrival.rows)
-        )
+        assert arrival.receive is not None
+        rows = arrival.rows = arrival.receive()
+        arrival.measured = gram(rows) if self._momenta is None else self._momenta.measure(arrival.key, rows)
         self._waiting.append(arrival)
         return self.due() if self._scope == "bucket" or arrival.is_last else []
 
@@ -174,6 +166,6 @@ class Pipeline:
         """Wait for every average that is on its way, and hand them to DDP."""
         landing, self._landing = self._landing, []
         for arrival, finish in landing:
-            with arrival.named():
+            with named(arrival.name):
                 finish()
             arrival.promise.set_result(arrival.buffer)

@@ -25,11 +25,10 @@ def require(holds: bool, rule: str, found: object) -> None:
         raise ValueError(f"{rule}, found {found!r}")
 
 
-def require_number(name: str, value: float, at_least: float, below: float = math.inf) -> float:
-    """Return the value as a float, or raise ValueError unless it is a number in `[at_least, below)`."""
+def require_number(rule: str, value: float, least: float, below: float = math.inf) -> float:
+    """Return the value as a float, or raise ValueError unless it is a number in `[least, below)`, inf if open."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    bounds = f">= {at_least:g}" if below == math.inf else f"in [{at_least:g}, {below:g})"
-    require(is_number and at_least <= value < below, f"{name} must be a number {bounds}", value)
+    require(is_number and value >= least and (value < below or below == math.inf), rule, value)
     return float(value)
 
 

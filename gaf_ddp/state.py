@@ -96,10 +96,12 @@ class GAFState:
         self.exchange = exchange
         self.start_step = settings.require_step("start_step", start_step)
         self.wire_dtype = wire_dtype
+        rule = "max_norm_ratio must be None or a number >= 1"
         self.max_norm_ratio = (
-            None if max_norm_ratio is None else settings.require_number("max_norm_ratio", max_norm_ratio, 1)
+            max_norm_ratio if max_norm_ratio is None else settings.require_number(rule, max_norm_ratio, 1)
         )
-        self.vote_momentum = settings.require_number("vote_momentum", vote_momentum, 0, below=1)
+        rule = "vote_momentum must be a number in [0, 1)"
+        self.vote_momentum = settings.require_number(rule, vote_momentum, 0, below=1)
 
         self.step = 0
         self.decisions: list[Decision] = []

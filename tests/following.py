@@ -1,5 +1,6 @@
 """Steps with given gradients under DDP and the hook, to be compared with the oracle afterwards."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ def follow(
     sizes: list[int],
     settings: dict[str, Any],
     options: dict[str, Any] | None = None,
+    by_hook: Callable[[GAFState, Any], torch.futures.Future[Tensor]] = gaf_hook,
 ) -> Followed:
     """Take SGD steps whose gradients `(steps, W, N)` are given; replicas must have the same bits after each."""
     probe = Probe(sizes).to(device)
@@ -35,7 +37,7 @@ def follow(
 
     def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations other than its own
         buckets.append(bucket.parameters())
-        return gaf_hook(state, bucket)
+        return by_hook(state, bucket)
 
     model.register_comm_hook(state, hook)
     optimizer = torch.optim.SGD(probe.parameters(), lr=0.1)
