@@ -3,7 +3,7 @@
     torchrun --standalone --nproc-per-node 8 -m benchmarks.scaling --json out.json --plot out.png
 
 A message of s bytes takes `alpha + beta s`. A ring all-reduce of S bytes is 2 (W − 1) messages of S/W. The sharded
-filter is W − 1 messages of S/W out and as many back, a ring all-reduce of the Gramian's floats, one pass of
+filter is W − 1 messages of S/W out and as many back, a ring all-reduce of the Gramian, one pass of
 gram and one of combine over S bytes, and the decision. The gather filter is W − 1 messages of S, a broadcast of
 the Gramian, passes over W S bytes and an all-reduce. Constants come from two ranks (alpha, beta) and from one
 (passes, decision); subgroups of 2, 4, … ranks are then measured beside the model. Where ranks share cores, as on
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.collectives import filter_bucket
+from benchmarks.collectives import exchanges, filter_bucket
 from benchmarks.command_line import described, new_file, positive, size_in_bytes
 from benchmarks.measure import (
     Timings,
@@ -37,8 +37,7 @@ from benchmarks.measure import (
 )
 from gaf_ddp import NeighborhoodAgreement, combine, gram
 from gaf_ddp.agreement import decide
-from gaf_ddp.exchange import Exchanges
-from gaf_ddp.triangle import numbers
+from gaf_ddp.collectives import reduced_numbers
 
 WORLD_SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -71,7 +70,7 @@ def all_reduce(world: int, size: float, c: Constants) -> Cost:
 
 def sharded(world: int, size: float, c: Constants) -> Cost:
     """Return the cost of the sharded filter."""
-    gramian = all_reduce(world, 4 * numbers(world), c)
+    gramian = all_reduce(world, 8 * (reduced_numbers(world) + world), c)
     travel = 2 * (world - 1) * c.alpha + 2 * (world - 1) / world * size * c.beta
     seconds = travel + gramian.seconds + size * (c.gram + c.combine) + c.decision[world]
     return Cost(seconds, 2 * (world - 1) / world * size + gramian.bytes_sent, size + 8 * world**2)
@@ -80,7 +79,7 @@ def sharded(world: int, size: float, c: Constants) -> Cost:
 def gather(world: int, size: float, c: Constants) -> Cost:
     """Return the cost of the gather filter."""
     reduce, sent = all_reduce(world, size, c), (world - 1) * size
-    seconds = (world - 1) * c.alpha + sent * c.beta + reduce.seconds + 4 * world**2 * c.beta + c.alpha
+    seconds = (world - 1) * c.alpha + sent * c.beta + reduce.seconds + 8 * world**2 * c.beta + c.alpha
     seconds += world * size * c.gram + size * c.combine + c.decision[world]
     return Cost(seconds, sent + reduce.bytes_sent, world * size + 8 * world**2)
 
@@ -147,7 +146,7 @@ def measure_points(size: int, device: torch.device, repeats: int) -> list[dict[s
         group = subgroup(world)
         if group is not None:
             plain, bucket = torch.randn(2, size // 4, device=device)
-            exchange = Exchanges(group, None).choose("sharded", bucket)
+            exchange = exchanges(group, device)["sharded"]
             run: dict[str, Callable[[], object]] = {
                 "all_reduce": partial(dist.all_reduce, plain.zero_(), group=group),
                 "sharded": partial(filter_bucket, exchange, bucket),

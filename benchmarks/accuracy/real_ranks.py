@@ -16,6 +16,7 @@ from benchmarks.accuracy.rules import build_rule, vote_momentum
 from benchmarks.accuracy.task import Task
 from benchmarks.accuracy.training import build_network, build_optimizer
 from gaf_ddp import GAFState, gaf_hook, skip_on_disagreement
+from gaf_ddp.collectives import all_gather_single
 from launch.batches import augment
 
 
@@ -92,7 +93,7 @@ def _broken_hook(
     gradients = _in_order(broken, bucket)
     own = torch.cat([gradient.flatten() for gradient in gradients])
     rows = own.new_empty(dist.get_world_size(), own.numel())
-    dist.all_gather_into_tensor(rows.view(-1), own)
+    all_gather_single(rows.view(-1), own)
     if dist.get_rank() == broken.bad:
         honest = rows[torch.arange(len(rows)) != broken.bad]
         sent = broken.fault(honest, own, broken.memory, broken.random)

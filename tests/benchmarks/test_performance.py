@@ -59,9 +59,9 @@ def test_scaling(tmp_path: Path) -> None:
     rows = {row["W"]: row for row in result["rows"]}
     assert sorted(rows) == [2**i for i in range(1, 11)]
     assert rows[2]["measured"]["sharded"] > 0
-    # The model's bytes: an all-reduce's, and the Gramian's floats, a triangle beyond 64 ranks, to the bucket's N.
-    assert rows[64]["sharded"]["bytes_ratio"] == pytest.approx(1 + 4 * 64**2 / 2**20)
-    assert rows[128]["sharded"]["bytes_ratio"] == pytest.approx(1 + 4 * 128 * 129 / 2 / 2**20)
+    # The model's bytes: an all-reduce's, and to the bucket's the Gramian's, a triangle beyond 64 ranks, and a row.
+    assert rows[64]["sharded"]["bytes_ratio"] == pytest.approx(1 + 8 * (64**2 + 64) / 2**20)
+    assert rows[128]["sharded"]["bytes_ratio"] == pytest.approx(1 + 8 * (128 * 129 / 2 + 128) / 2**20)
     assert (tmp_path / "out.png").stat().st_size > 10_000
 
 
