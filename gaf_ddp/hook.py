@@ -62,7 +62,7 @@ def gaf_hook(
     if arrival.is_last:
         # DDP copies one bucket's result into the gradients while others' are on their way. Not so in the first
         # step: ranks that fail there must not enter the next forward, where DDP broadcasts new buckets.
-        pipeline.lane.run(pipeline.land, awaited=arrival.step == 0)
+        pipeline.lane.run(pipeline.land, awaited=pipeline.first_step)
     if not at_end_of_backward(partial(_finish, state, pipeline)):
         pipeline.lane.wait()
     return pipeline.lane.result(arrival.promise)

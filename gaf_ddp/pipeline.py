@@ -67,6 +67,7 @@ class Pipeline:
         self.lane = open_lane(group, device, wire_dtype)
         self._scope, self._exchange = scope, exchange
         self._momenta = Momenta(vote_momentum) if vote_momentum else None
+        self.first_step = True
         self._latest: int | None = None  # the index of the last bucket taken, None between steps
         self._waiting: list[Arrival] = []  # for a decision
         self._landing: list[tuple[Arrival, Callable[[], None]]] = []  # their averages are on their way
@@ -76,6 +77,7 @@ class Pipeline:
     def close(self) -> bool:
         """Take no more buckets for this step; return whether its last one never came."""
         latest, self._latest = self._latest, None
+        self.first_step = False
         return latest is not None
 
     def take(self, bucket: Any, step: int) -> Arrival:
