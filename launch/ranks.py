@@ -4,10 +4,11 @@ Control messages travel over gloo, gradients over NCCL where every rank has a GP
 chose different devices can still tell each other.
 """
 
+import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar, cast
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gaf_ddp.collectives import all_gather_text
 from launch.errors import SettingsError
 
 T = TypeVar("T")
@@ -113,11 +115,23 @@ def _joined(problems: list[str | None]) -> str:
     return "\n".join(f"on rank {', '.join(map(str, where))}: {problem}" for problem, where in ranks.items())
 
 
+def require_same(values: Mapping[str, str]) -> None:
+    """Raise `LaunchError` on every rank, with two ranks' values, if a named value is not the same on all."""
+    everyone, unlike = gathered(dict(values)), []
+    for name in dict.fromkeys(name for each in everyone for name in each):
+        found = [each.get(name, "none") for each in everyone]
+        rank = next((rank for rank, other in enumerate(found) if other != found[0]), None)
+        if rank is not None:
+            two = f"{found[0]} on rank 0 and {found[rank]} on rank {rank}"
+            unlike.append(f"{name} must be the same on every rank, found {two}")
+    if unlike:
+        raise LaunchError("; ".join(unlike))
+
+
 def gathered(value: T) -> list[T]:
-    """Every rank's value, in rank order."""
-    values: list[T | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return cast(list[T], values)
+    """Return every rank's value, in rank order. It travels as JSON: what another rank sends is never unpickled."""
+    world = cast(dist.ProcessGroup, dist.group.WORLD)
+    return [json.loads(text) for text in all_gather_text(json.dumps(value), world, torch.device("cpu"))]
 
 
 def from_first(value: T) -> T:

@@ -1,7 +1,7 @@
 """What one training job is: every choice a user can make, and the checks that need the other choices."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,7 +9,7 @@ from typing import Literal
 from launch.errors import SettingsError
 
 # A job stopped and resumed may change these: they have no part in the numbers it computes.
-FREE_TO_CHANGE = frozenset({"data_dir", "download", "workers", "device", "out", "resume", "checkpoint_every"})
+FREE_TO_CHANGE = ("data_dir", "download", "workers", "device", "out", "resume", "checkpoint_every", "world")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,15 +115,27 @@ def _corrupt_ranks(settings: Settings, world: int) -> tuple[int, ...]:
     return tuple(sorted(set(settings.corrupt_ranks)))
 
 
-def differences(saved: dict[str, object], now: Plan) -> list[str]:
+def differences(saved: Mapping[str, object], now: Plan) -> list[str]:
     """Which settings keep `now` from going on where a job with the `saved` ones stopped."""
-    ignored = FREE_TO_CHANGE | {"world"}
+    before, after = as_flags(saved), as_flags(now.as_plain())
+    free = as_flags(dict.fromkeys(FREE_TO_CHANGE))
     return [
-        f"--{name.replace('_', '-')} (was {saved.get(name)!r}, now {value!r})"
-        for name, value in now.as_plain().items()
-        if name not in ignored and _plain(saved.get(name)) != _plain(value)
+        f"{flag} (was {before.get(flag)}, now {value})"
+        for flag, value in after.items()
+        if flag not in free and before.get(flag) != value
     ]
 
 
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+def as_flags(plain: Mapping[str, object]) -> dict[str, str]:
+    """Return the command line's name for every setting, and its value as text."""
+    return {_flag(name): _text(value) for name, value in plain.items()}
+
+
+def _flag(name: str) -> str:
+    return "--method or --compare" if name == "methods" else f"--{name.replace('_', '-')}"
+
+
+def _text(value: object) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ",".join(map(str, value)) or "none"
+    return "unset" if value is None else str(value)

@@ -18,10 +18,10 @@ from launch.checkpoint import Progress
 from launch.cli import parse
 from launch.data import Data, download, load
 from launch.errors import SettingsError
-from launch.ranks import Here, LaunchError, connected, from_first, take_place, together
+from launch.ranks import Here, LaunchError, connected, from_first, require_same, take_place, together
 from launch.records import Record
 from launch.report import FullReport, Report
-from launch.settings import Plan, Settings, plan
+from launch.settings import Plan, Settings, as_flags, plan
 from launch.trainer import Trainer
 
 
@@ -55,6 +55,8 @@ def _complain(error: LaunchError) -> None:
 
 def _job(arguments: Sequence[str]) -> None:
     settings = together(lambda: parse(arguments))
+    # Before anything else: ranks with unlike settings would wait for each other, or train unlike replicas.
+    require_same({"torch": torch.__version__, **as_flags(settings.as_plain())})
     here = take_place(settings.device)
     logging.getLogger("gaf_ddp").setLevel(
         logging.ERROR
