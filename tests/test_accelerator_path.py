@@ -19,7 +19,7 @@ from tests.syncs import HostSyncs
 Ranks = Callable[..., list[Any]]
 
 SIZES = [300, 11, 200]
-TINY = {"bucket_cap_mb": 0.0005}  # one bucket for each parameter
+TINY = {"bucket_cap_mb": 0.0005}  # two buckets
 
 every_scope = pytest.mark.parametrize("scope", ["bucket", "model"])
 
@@ -39,101 +39,104 @@ def follow_without_streams(device: torch.device, *args: Any) -> tuple[Followed, 
         return future
 
     take_accelerators_way()
-    return follow(device, *args, hook), waited
+    return follow(device, *args, by_hook=hook), waited
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
 @pytest.mark.parametrize("exchange", ["auto", "gather"])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
 @every_scope
 def test_equals_the_oracle_without_a_host_sync(
-    gloo_ranks: Ranks, world_size: int, exchange: str, momentum: float, scope: str
+    gloo_ranks: Ranks, world_size: int, exchange: str, scope: str
 ) -> None:
     gradients = torch.stack([agreeing_gradients(world_size, sum(SIZES), seed) for seed in range(4)])
-    if not momentum:  # else the last gradients decide too
-        gradients[1, 0] *= -1
-        gradients[2, -1, 5] = torch.nan
-    settings = {"tau": 0.9, "scope": scope, "exchange": exchange, "vote_momentum": momentum}
+    gradients[1, 0] *= -1
+    gradients[2, -1, 5] = torch.nan
+    settings = {"tau": 0.9, "scope": scope, "exchange": exchange}
     outcomes = gloo_ranks(world_size, follow_without_streams, gradients, SIZES, settings, TINY)
     assert_follows([followed for followed, _ in outcomes], gradients, oracle.neighborhood(0.9))
     assert [waited for _, waited in outcomes] == [[]] * world_size
 
 
-def test_half_the_bytes_equal_the_oracle_too(gloo_ranks: Ranks) -> None:
-    gradients = torch.stack([agreeing_gradients(3, sum(SIZES), seed) for seed in range(2)])
-    settings = {"tau": 0.9, "wire_dtype": torch.bfloat16}
-    outcomes = gloo_ranks(3, follow_without_streams, gradients, SIZES, settings, TINY)
+@pytest.mark.parametrize("settings", [{"wire_dtype": torch.bfloat16}, {"vote_momentum": 0.9}], ids=str)
+def test_half_the_bytes_and_momenta_equal_the_oracle_too(gloo_ranks: Ranks, settings: dict[str, Any]) -> None:
+    gradients = torch.stack([agreeing_gradients(3, sum(SIZES), seed) for seed in range(3)])
+    outcomes = gloo_ranks(3, follow_without_streams, gradients, SIZES, {"tau": 0.9, **settings}, TINY)
     assert_follows([followed for followed, _ in outcomes], gradients, oracle.neighborhood(0.9), tolerance=2e-2)
     assert [waited for _, waited in outcomes] == [[]] * 3
 
 
-def constant(weight: float) -> Callable[[Tensor], Tensor]:
-    return lambda gramian: torch.full_like(gramian[0], weight)
+WRONG = ["tau on rank 1", "nan", "inf", "-0.5"]
 
 
-def go_wrong(device: torch.device, scope: str, how: str) -> list[str]:
-    """Return what summaries say: after good steps, after one more that goes wrong, and after 70 more good ones."""
-    take_accelerators_way()
-    model, state = ddp(Probe(SIZES), device, **TINY), GAFState(tau=1.0, scope=scope)  # type: ignore[arg-type]
-    model.register_comm_hook(state, gaf_hook)
-
-    def steps(count: int) -> str:
-        for _ in range(count):
-            model(torch.ones(sum(SIZES), device=device)).backward()
-        try:
-            state.summary()
-        except ValueError as error:
-            return str(error)
-        return "nothing"
-
-    told = [steps(2)]
+def go_wrong(state: GAFState, how: str) -> None:
+    """Let rank 1 decide by another tau, or all by weights that are none."""
     if how != "tau on rank 1":
-        state.weighting = constant(float(how))
+        state.weighting = lambda gramian: torch.full_like(gramian[0], float(how))
     elif dist.get_rank() == 1:
         state.tau = 0.9
-    told += [steps(1)]
+
+
+def go_right(state: GAFState) -> None:
     state.weighting, state.tau = None, 1.0
-    return [*told, steps(70)]
 
 
-UNLIKE = "settings must be the same on every rank, found others than rank 0's on [1]"
-UNSOUND = "weighting must return finite weights >= 0, found others in {} decisions"
+def error_of(call: Callable[[], object]) -> str:
+    """Return what the call's ValueError says."""
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return "none"
 
 
-@every_scope
-@pytest.mark.parametrize("how", ["tau on rank 1", "nan", "inf", "-0.5"])
-def test_what_goes_wrong_is_told_by_the_next_summary_and_not_before(
-    gloo_ranks: Ranks, scope: str, how: str
-) -> None:
-    message = UNLIKE if how == "tau on rank 1" else UNSOUND.format(3 if scope == "bucket" else 1)
-    assert gloo_ranks(3, go_wrong, scope, how) == [["nothing", message, message]] * 3
+def ask_summaries(device: torch.device, scope: str, how: str) -> list[str]:
+    """Return what summaries say: after good steps, after one more that went wrong, and after 70 more good ones."""
+    model, state = ddp(Probe(SIZES), device, **TINY), GAFState(scope=scope)  # type: ignore[arg-type]
+    model.register_comm_hook(state, gaf_hook)
+    said = []
+    for steps, change in ((2, go_right), (1, lambda state: go_wrong(state, how)), (70, go_right)):
+        change(state)
+        for _ in range(steps):
+            model(torch.ones(sum(SIZES), device=device)).backward()
+        said.append(error_of(state.summary))
+    return said
 
 
-def step_after_going_wrong(device: torch.device, how: str) -> str:
-    """Return what an optimizer says whose step waits for the device, to be left out."""
-    take_accelerators_way()
+def ask_steps(device: torch.device, how: str) -> list[str]:
+    """Return what an optimizer says that waits for the device: before and after going wrong."""
     probe = Probe(SIZES)
-    model, state = ddp(probe, device, **TINY), GAFState(tau=1.0)
+    model, state = ddp(probe, device, **TINY), GAFState()
     model.register_comm_hook(state, gaf_hook)
     optimizer = torch.optim.SGD(probe.parameters(), lr=0.1)
     skip_on_disagreement(optimizer, state)
-    model(torch.ones(sum(SIZES), device=device)).backward()
-    optimizer.step()
-    if how != "tau on rank 1":
-        state.weighting = constant(float(how))
-    elif dist.get_rank() == 1:
-        state.tau = 0.9
-    model(torch.ones(sum(SIZES), device=device)).backward()
-    before = flat_parameters(probe)
-    try:
-        optimizer.step()
-    except ValueError as error:
-        assert torch.equal(flat_parameters(probe), before)
-        return str(error)
-    return "nothing"
+    said = []
+    for change in (go_right, lambda state: go_wrong(state, how)):
+        change(state)
+        model(torch.ones(sum(SIZES), device=device)).backward()
+        before = flat_parameters(probe)
+        said.append(error_of(optimizer.step))
+    assert torch.equal(flat_parameters(probe), before)
+    return said
 
 
-@pytest.mark.parametrize("how", ["tau on rank 1", "nan", "-0.5"])
-def test_what_goes_wrong_is_told_by_a_skip(gloo_ranks: Ranks, how: str) -> None:
-    message = UNLIKE if how == "tau on rank 1" else UNSOUND.format(3)
-    assert gloo_ranks(3, step_after_going_wrong, how) == [message] * 3
+def ask(device: torch.device) -> list[list[str]]:
+    take_accelerators_way()
+    return [
+        said
+        for how in WRONG
+        for said in (
+            ask_summaries(device, "bucket", how),
+            ask_summaries(device, "model", how),
+            ask_steps(device, how),
+        )
+    ]
+
+
+def test_what_goes_wrong_is_told_by_the_next_summary_or_skip_and_not_before(gloo_ranks: Ranks) -> None:
+    expected = []
+    for how in WRONG:
+        unlike = "settings must be the same on every rank, found others than rank 0's on [1]"
+        unsound = "weighting must return finite weights >= 0, found others in {} decisions"
+        by_bucket, by_model = [unlike if how == WRONG[0] else unsound.format(n) for n in (2, 1)]
+        expected += [["none", by_bucket, by_bucket], ["none", by_model, by_model], ["none", by_bucket]]
+    assert gloo_ranks(3, ask) == [expected] * 3
