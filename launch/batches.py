@@ -13,7 +13,7 @@ from launch.data import Split
 
 
 def source(*key: int) -> torch.Generator:
-    """A random generator of its own for every key."""
+    """Return a random generator of its own for every key."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
@@ -26,7 +26,7 @@ class RandomBatches(Sampler[list[int]]):
         self._key, self._steps = (seed, rank), range(start, stop)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """One list of indices per step."""
+        """Yield one list of indices per step."""
         for step in self._steps:
             drawn = torch.randint(self._size, (self._batch_size,), generator=source(*self._key, step))
             yield drawn.tolist()
@@ -38,7 +38,7 @@ class RandomBatches(Sampler[list[int]]):
 def batches(
     split: Split, indices: Sampler[list[int]] | Sequence[list[int]], workers: int = 0, pinned: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images and labels for each list of indices, read by `workers` processes (0: by this one).
+    """Return images and labels for each list of indices, read by `workers` processes (0: by this one).
 
     Batches on their way to a GPU travel faster from `pinned` memory.
     """
@@ -48,7 +48,8 @@ def batches(
         collate_fn=_as_read,
         num_workers=workers,
         pin_memory=pinned,
-        generator=torch.Generator(),  # else every loader draws from the generator that initialises models
+        # Else every loader draws from the generator that initialises models.
+        generator=torch.Generator(),
     )
     return iter(loader)
 

@@ -21,7 +21,7 @@ EXAMPLE = "example: torchrun --standalone --nproc-per-node 4 -m launch.train --s
 
 
 def parse(arguments: Sequence[str] | None = None) -> Settings:
-    """Settings from the command line; `SettingsError` names the option, its rule and the value found."""
+    """Return the command line's settings; `SettingsError` names the option, its rule and the value found."""
     values = vars(_parser().parse_args(arguments))
     compare, method = values.pop("compare"), values.pop("method")
     values["methods"] = (method,) if method else compare or BASELINE_AND_FILTER

@@ -35,11 +35,11 @@ class Split(Dataset[tuple[Tensor, Tensor]]):
         return self.read([index])[0], self.labels[index]
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """A whole batch at once: what a DataLoader asks for where it finds this method."""
+        """Return a whole batch at once: what a DataLoader asks for where it finds this method."""
         return self.read(indices), self.labels[torch.as_tensor(indices)]
 
     def relabelled(self, labels: Tensor) -> "Split":
-        """The same images with other labels."""
+        """Return the same images with other labels."""
         return replace(self, labels=labels)
 
 
@@ -53,13 +53,13 @@ class Data:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of every image."""
+        """Return channels, height and width of every image."""
         channels, height, width = self.train.read([0]).shape[1:]
         return channels, height, width
 
 
 def load(settings: Settings) -> Data:
-    """The data set the settings name; `SettingsError` if it is not where they say."""
+    """Return the data set that the settings name; `SettingsError` if it is not where they say."""
     return DATASETS[settings.data](settings)
 
 
@@ -70,7 +70,7 @@ def download(settings: Settings) -> None:
 
 
 def _digits(settings: Settings) -> Data:
-    """scikit-learn's 1797 digits of 8x8 pixels in [0, 1], always shuffled the same way."""
+    """Return scikit-learn's 1797 digits of 8x8 pixels in [0, 1], always shuffled the same way."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -82,7 +82,7 @@ def _digits(settings: Settings) -> Data:
 
 
 def _fake(settings: Settings) -> Data:
-    """One random picture per class, plus noise three times as strong: learnable, and of any size."""
+    """Return one random picture per class, plus noise three times as strong: learnable, and of any size."""
     source = torch.Generator().manual_seed(0)
     side = settings.image_size
     prototypes = torch.randn(FAKE_CLASSES, 3, side, side, generator=source)
@@ -103,7 +103,7 @@ def _fake(settings: Settings) -> Data:
 
 
 def _cifar(settings: Settings) -> Data:
-    """CIFAR-10 or CIFAR-100, kept in memory as bytes."""
+    """Return CIFAR-10 or CIFAR-100, kept in memory as bytes."""
 
     def split(train: bool) -> Split:
         source = _torchvision_cifar(settings, train=train)
@@ -125,7 +125,7 @@ def _torchvision_cifar(settings: Settings, train: bool, download: bool = False) 
 
 
 def _imagefolder(settings: Settings) -> Data:
-    """A folder per class under train/ and test/ (or val/); each image is resized and cropped to a square."""
+    """Return a folder of images: one per class under train/ and test/ (or val/), all cropped to a square."""
     from torchvision import datasets, transforms
 
     side = settings.image_size

@@ -5,12 +5,12 @@ from torch import Tensor
 
 
 def shift_labels(labels: Tensor, classes: int) -> Tensor:
-    """Every label becomes the next class, the last becomes the first: wrong, and consistently so."""
+    """Return the next class for every label, the first for the last: wrong, and consistently so."""
     return (labels + 1) % classes
 
 
 def add_label_noise(labels: Tensor, classes: int, share: float, seed: int) -> Tensor:
-    """`share` of the labels, chosen at random, become another class, chosen at random.
+    """Make another class, chosen at random, of a share of the labels, chosen at random.
 
     The same seed gives the same labels, so every rank learns from the same noisy data set.
     """

@@ -8,7 +8,7 @@ SMALL_IMAGE = 64  # up to this side a ResNet starts with a 3x3 convolution and n
 
 
 def build_model(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """A freshly initialised network for images of `shape` (channels, height, width)."""
+    """Return a freshly initialised network for images of `shape` (channels, height, width)."""
     return MODELS[name](shape, classes)
 
 
@@ -20,7 +20,7 @@ def _mlp(shape: tuple[int, int, int], classes: int) -> nn.Module:
 
 
 def _conv(shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """Three 3x3 convolutions, 32 to 128 channels wide, then the mean over the image."""
+    """Return three 3x3 convolutions, 32 to 128 channels wide, then the mean over the image."""
     layers: list[nn.Module] = []
     before = shape[0]
     for width in (32, 64, 128):
@@ -31,9 +31,8 @@ def _conv(shape: tuple[int, int, int], classes: int) -> nn.Module:
 
 def _resnet(depth: int) -> Callable[[tuple[int, int, int], int], nn.Module]:
     def build(shape: tuple[int, int, int], classes: int) -> nn.Module:
-        from torchvision import (
-            models,
-        )  # here, as it takes a second to import and the demonstration has no use for it
+        # Here, as it takes a second to import and the demonstration has no use for it.
+        from torchvision import models
 
         network: nn.Module = getattr(models, f"resnet{depth}")(num_classes=classes)
         channels, height, _ = shape

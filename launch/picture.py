@@ -57,7 +57,7 @@ def _caption(plan: Plan) -> str:
 
 
 def _draw_accuracy(axis: Axes, records: Sequence[Record], plan: Plan) -> None:
-    """A line per method, with the spread over the seeds behind it and its name at its end."""
+    """Draw a line per method, with the spread over the seeds behind it and its name at its end."""
     lowest = 100.0
     for method in plan.methods:
         steps, means, deviations = _curve(records, method)
@@ -80,7 +80,7 @@ def _draw_accuracy(axis: Axes, records: Sequence[Record], plan: Plan) -> None:
 
 
 def _curve(records: Sequence[Record], method: str) -> tuple[list[int], list[float], list[float]]:
-    """Steps, and mean and deviation of the accuracy over the seeds at each."""
+    """Return the steps, and mean and deviation of the accuracy over the seeds at each."""
     at: dict[int, list[float]] = {}
     for record in records:
         if record.method == method:
@@ -108,7 +108,7 @@ def _name_lines(axis: Axes, outcome: dict[str, list[Result]], end: int, apart: f
 
 
 def _draw_kept(axis: Axes, runs: Sequence[Result], plan: Plan) -> None:
-    """A bar per rank, as long as the share of steps in which its gradient was kept, and one for no agreement."""
+    """Draw a bar per rank, as long as the share of steps in which it was kept, and one for no agreement."""
     shares = [100 * spread(kept)[0] for kept in zip(*(run.kept for run in runs), strict=False)]
     method = runs[0].method
     stride = -(-len(shares) // ALL_LABELLED)
@@ -129,7 +129,7 @@ def _draw_kept(axis: Axes, runs: Sequence[Result], plan: Plan) -> None:
 
 
 def _bar(axis: Axes, at: float, share: float, colour: str, name: str, bold: bool) -> None:
-    """One bar with its name before it and its length in percent behind it; neither if it has no name."""
+    """Draw one bar with its name before it and its length in percent behind it; neither if it has no name."""
     axis.barh(at, share, height=0.72, color=colour)
     if name:
         ink = colour if bold else "black"

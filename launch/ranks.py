@@ -39,7 +39,7 @@ class Here:
 
     @property
     def first(self) -> bool:
-        """Whether this rank writes the files and the screen."""
+        """Return whether this rank writes the files and the screen."""
         return self.rank == 0
 
 
@@ -105,7 +105,7 @@ def _describe(error: Exception) -> str:
 
 
 def _joined(problems: list[str | None]) -> str:
-    """One line if every rank says the same, else one per problem with the ranks that have it."""
+    """Return one line if every rank says the same, else one per problem with the ranks that have it."""
     ranks: dict[str, list[int]] = {}
     for rank, problem in enumerate(problems):
         if problem is not None:
@@ -135,14 +135,14 @@ def gathered(value: T) -> list[T]:
 
 
 def from_first(value: T) -> T:
-    """Rank 0's value; what the others pass does not matter."""
+    """Return rank 0's value; what the others pass does not matter."""
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
 
 
 def summed(*values: float) -> Tensor:
-    """The sums of numbers over all ranks, as float64."""
+    """Return the sums of numbers over all ranks, as float64."""
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
     return total

@@ -30,7 +30,7 @@ class Record:
     cosine: float | None
 
     def as_json(self) -> str:
-        """One line of `metrics.jsonl`. JSON knows no NaN: null stands for it."""
+        """Return one line of `metrics.jsonl`. JSON knows no NaN: null stands for it."""
         plain = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in asdict(self).items()
@@ -85,5 +85,5 @@ def results(records: Iterable[Record]) -> dict[str, list[Result]]:
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (0 for a single value)."""
+    """Return mean and sample standard deviation (0 for a single value)."""
     return fmean(values), stdev(values) if len(values) > 1 else 0.0

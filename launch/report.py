@@ -115,7 +115,7 @@ def _line(record: Record, plan: Plan) -> str:
 
 
 def tabulate(outcome: dict[str, list[Result]], plan: Plan) -> str:
-    """One line per method: accuracies in percent, steps skipped, and how often each rank was kept.
+    """Return one line per method: accuracies in percent, steps skipped, and how often each rank was kept.
 
     Means over the seeds, with standard deviations where there are several.
     """
@@ -135,7 +135,7 @@ def tabulate(outcome: dict[str, list[Result]], plan: Plan) -> str:
 
 
 def _groups(world: int, plan: Plan) -> dict[str, list[int]]:
-    """The columns about kept ranks: one per rank, or with many ranks one for all of a kind."""
+    """Return the columns about kept ranks: one per rank, or with many ranks one for all of a kind."""
     marks = ["!" * (rank in plan.corrupt_ranks) for rank in range(world)]
     if world > MOST_COLUMNS:
         names = [f"kept: {'wrong!' if mark else 'ranks'}" for mark in marks]

@@ -55,11 +55,11 @@ class Settings:
 
     @property
     def runs(self) -> list[tuple[int, str]]:
-        """Every (seed, method) to train, in order: all methods of one seed before the next seed."""
+        """Return every (seed, method) to train, in order: all methods of one seed before the next seed."""
         return [(seed, method) for seed in range(self.seed, self.seed + self.seeds) for method in self.methods]
 
     def as_plain(self) -> dict[str, object]:
-        """The settings as JSON can hold them."""
+        """Return the settings as JSON can hold them."""
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
 
 
@@ -106,7 +106,7 @@ def _checkpoint_every(asked: int | None, eval_every: int) -> int:
 
 
 def _corrupt_ranks(settings: Settings, world: int) -> tuple[int, ...]:
-    """The demonstration corrupts rank 1 where a majority stays honest; everything else only when asked."""
+    """Return what was asked for, or rank 1 for the demonstration, where a majority stays honest."""
     if settings.corrupt_ranks is None:
         return (1,) if settings.data == "digits" and world >= 3 else ()
     for rank in settings.corrupt_ranks:
@@ -116,7 +116,7 @@ def _corrupt_ranks(settings: Settings, world: int) -> tuple[int, ...]:
 
 
 def differences(saved: Mapping[str, object], now: Plan) -> list[str]:
-    """Which settings keep `now` from going on where a job with the `saved` ones stopped."""
+    """Return which settings keep `now` from going on where a job with the `saved` ones stopped."""
     before, after = as_flags(saved), as_flags(now.as_plain())
     free = as_flags(dict.fromkeys(FREE_TO_CHANGE))
     return [

@@ -26,7 +26,7 @@ from launch.trainer import Trainer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the job of one rank; 0 if it went well, 2 if the settings could not be used."""
+    """Run the job of one rank; return 0 if it went well, 2 if the settings could not be used."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"} & set(arguments):
         parse(["--help"])
@@ -58,9 +58,8 @@ def _job(arguments: Sequence[str]) -> None:
     # Before anything else: ranks with unlike settings would wait for each other, or train unlike replicas.
     require_same({"torch": torch.__version__, **as_flags(settings.as_plain())})
     here = take_place(settings.device)
-    logging.getLogger("gaf_ddp").setLevel(
-        logging.ERROR
-    )  # it warns of skipped steps on every rank; the table does once
+    # It warns of skipped steps at every evaluation; the table does once.
+    logging.getLogger("gaf_ddp").setLevel(logging.ERROR)
     data = _loaded(settings, here)
     out = settings.out or Path("runs", from_first(time.strftime("%Y%m%d-%H%M%S")))
     job = together(lambda: plan(settings, here.world, len(data.train), out))
@@ -73,14 +72,14 @@ def _job(arguments: Sequence[str]) -> None:
 
 
 def _loaded(settings: Settings, here: Here) -> Data:
-    """The data on every rank: fetched by rank 0, then on every node whose disk is another."""
+    """Return the data, on every rank: fetched by rank 0, then on every node whose disk is another."""
     together(lambda: download(settings) if here.first else None)
     together(lambda: download(settings) if here.local_rank == 0 else None)
     return together(lambda: load(settings))
 
 
 def _check(job: Plan, here: Here) -> None:
-    """What only a rank that knows its device and its disk can tell."""
+    """Check what only a rank that knows its device and its disk can tell."""
     if job.amp == "fp16" and here.device.type != "cuda":
         raise SettingsError(f"--amp fp16 needs CUDA, found {here.device.type}; use bf16 or none")
     if here.first and not job.resume and checkpoint.checkpoint_path(job.out).exists():
@@ -98,7 +97,7 @@ def _introduction(job: Plan, here: Here, progress: Progress) -> str:
 
 
 def _train_all(job: Plan, data: Data, here: Here, progress: Progress, report: Report) -> list[Record]:
-    """Train every run that is not yet done; returns the records of all."""
+    """Train every run that is not yet done; return the records of all."""
     records = list(progress.records)
     for number in range(progress.run, len(job.runs)):
         start = progress if number == progress.run else Progress(number, 0, None, [])

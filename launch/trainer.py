@@ -45,7 +45,7 @@ class Trainer:
         self._evaluated = 0  # the step of the last evaluation
 
     def steps(self, start: int) -> Iterator[int]:
-        """Train from step `start` to the end; yields the number of steps made, after each."""
+        """Train from step `start` to the end; yield the number of steps made, after each."""
         for step, batch in enumerate(self._batches(start, self.plan.steps), start + 1):
             self._loss += self._backward(*batch)
             self._scaler.step(self.optimizer)
@@ -75,7 +75,7 @@ class Trainer:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a later process needs to go on as if this one had not stopped, right after an evaluation."""
+        """Return all that a later process needs to go on as if this one had not stopped, after evaluating."""
         parts = {"model": self.model.module, "optimizer": self.optimizer, "schedule": self._schedule}
         saved: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
         saved["scaler"] = self._scaler.state_dict()
@@ -134,7 +134,7 @@ class Trainer:
 
     @torch.no_grad()
     def _count_right(self) -> tuple[float, float]:
-        """Right answers and questions of this rank's share of the test set."""
+        """Return right answers and questions of this rank's share of the test set."""
         network, test = self.model.module.eval(), self.data.test
         right = torch.zeros((), device=self.here.device)
         mine = range(self.here.rank, len(test), self.here.world)
@@ -160,7 +160,7 @@ def _optimizer(plan: Plan, model: DistributedDataParallel) -> Optimizer:
 
 
 def _factor(plan: Plan) -> Any:
-    """The learning rate at each step, as a share of the first."""
+    """Return the learning rate at each step, as a share of the first."""
     if plan.schedule == "none":
         return lambda step: 1.0
     return lambda step: (1 + math.cos(math.pi * step / plan.steps)) / 2

@@ -31,7 +31,7 @@ class Outcome:
 
 
 def rank_of_job(device: torch.device, port: int, arguments: list[str]) -> Outcome:
-    """What runs on each rank: the program makes its own group, so the test's group ends first."""
+    """Run the program on one rank: it makes its own group, so the test's group ends first."""
     rank, world = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()
     where = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
@@ -70,7 +70,7 @@ def run_job(
 
 
 def run_job_until_power_cut(ranks: RunRanks, world: int, arguments: Sequence[object], saves: int) -> None:
-    """The same, but rank 0 dies without a word right after it has written its checkpoint `saves` times."""
+    """Do the same, but rank 0 dies without a word right after it has written its checkpoint `saves` times."""
     run_job(ranks, world, [saves, *arguments], body=_rank_until_power_cut)
 
 
@@ -89,5 +89,5 @@ def _rank_until_power_cut(device: torch.device, port: int, arguments: list[str])
 
 
 def make_plan(*arguments: object, world: int = 4, train_size: int = 1297, out: Path = Path("unused")) -> Plan:
-    """A plan from command line arguments, as a job on `world` ranks makes it."""
+    """Return a plan from command line arguments, as a job on `world` ranks makes it."""
     return plan(parse([str(a) for a in arguments]), world, train_size, out)

@@ -47,14 +47,14 @@ class Tools:
         path.chmod(0o755)
 
     def environment(self, **values: str) -> dict[str, str]:
-        """The test's own environment with these tools, the repository, and the values given."""
+        """Return the test's own environment with these tools, the repository, and the values given."""
         own = {name: value for name, value in os.environ.items() if not name.startswith(NOT_INHERITED)}
         own["CUDA_VISIBLE_DEVICES"] = ""  # what the stand-in for nvidia-smi says
         return {**own, "PATH": f"{self.folder}:{own['PATH']}", "PYTHONPATH": str(REPOSITORY), **values}
 
 
 def _tools(folder: Path) -> Tools:
-    """No GPUs, and the torchrun of the interpreter that runs the tests."""
+    """Return stand-ins for no GPUs, and for the torchrun of the interpreter that runs the tests."""
     tools = Tools(folder / "tools")
     tools.folder.mkdir()
     tools.add("torchrun", f'exec "{sys.executable}" -m torch.distributed.run "$@"')
@@ -64,7 +64,7 @@ def _tools(folder: Path) -> Tools:
 
 @pytest.fixture
 def tools(tmp_path: Path) -> Tools:
-    """The stand-ins of one test."""
+    """Return the stand-ins of one test."""
     return _tools(tmp_path)
 
 
@@ -90,7 +90,7 @@ def _finish(*started: tuple[subprocess.Popen[bytes], Path]) -> list[str]:
 
 
 def _shown(command: Sequence[object], environment: dict[str, str]) -> str:
-    """What a command prints that ends at once."""
+    """Return what a command prints that ends at once."""
     arguments = [str(part) for part in command]
     return subprocess.run(
         arguments, env=environment, check=True, capture_output=True, text=True, timeout=30
@@ -99,7 +99,7 @@ def _shown(command: Sequence[object], environment: dict[str, str]) -> str:
 
 @pytest.fixture(scope="module")
 def single_node(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the job of one node with four ranks left its results, for every other way of starting to reproduce."""
+    """Return where one node with four ranks left its results, for every other way of starting to reproduce."""
     folder = tmp_path_factory.mktemp("single_node")
     command = [LAUNCH / "single_node.sh", *JOB, "--out", folder / "out"]
     log = folder / "log"
@@ -136,7 +136,7 @@ def test_single_node_starts_a_rank_per_gpu(tools: Tools, gpus: str, ranks: str) 
 
 @pytest.fixture
 def two_nodes() -> Iterator[tuple[str, str]]:
-    """Two network namespaces joined by a cable, with addresses 10.77.0.1 and .2; gone after the test."""
+    """Yield two network namespaces joined by a cable, with addresses 10.77.0.1 and .2; gone after the test."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and iproute2")
     names = (f"gaf{os.getpid()}a", f"gaf{os.getpid()}b")
@@ -202,7 +202,7 @@ def test_multi_node_on_one_machine_leaves_addresses_to_torchrun(tools: Tools) ->
 
 
 def _job_with_a_free_port() -> str:
-    """A Slurm job number whose port, by the job file's rule, nobody listens on."""
+    """Return a Slurm job number whose port, by the job file's rule, nobody listens on."""
     while True:
         number = random.SystemRandom().randrange(20_000)
         with socket.socket() as probe, contextlib.suppress(OSError):

@@ -27,7 +27,7 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def _assert_same(one: Any, other: Any, path: str = "") -> None:
-    """Both hold the same structure, and tensors of the same bits."""
+    """Hold both to the same structure, and to tensors of the same bits."""
     assert type(one) is type(other), path
     if isinstance(one, torch.Tensor):
         assert torch.equal(one, other), path
@@ -78,7 +78,7 @@ def _resume(ranks: RunRanks, world: int, folder: Path, saves: int, *job: object)
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[RunRanks], Path]:
-    """The folder of a job that ran without a stop; made by the first test that asks."""
+    """Return the folder of a job that ran without a stop; made by the first test that asks."""
     folder = tmp_path_factory.mktemp("uninterrupted")
 
     def get(ranks: RunRanks) -> Path:
