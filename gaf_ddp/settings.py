@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from gc import get_objects
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,28 @@ from torch.nn.parallel import DistributedDataParallel
 from gaf_ddp.collectives import all_gather_text
 from gaf_ddp.weighting import Weighting
 
-WIRE_DTYPES = (None, torch.float16, torch.bfloat16, torch.float32)
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+# Each setting's rule, in words and as a predicate.
+RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "process_group": (
+        "a torch.distributed.ProcessGroup that this rank is in, or None",
+        lambda value: value is None or isinstance(value, dist.ProcessGroup),
+    ),
+    "weighting": ("callable or None", lambda value: value is None or callable(value)),
+    "scope": ("'bucket' or 'model'", lambda value: value in ("bucket", "model")),
+    "exchange": ("'auto', 'sharded' or 'gather'", lambda value: value in ("auto", "sharded", "gather")),
+    "start_step": ("an integer >= 0", lambda value: type(value) is int and value >= 0),
+    "wire_dtype": (
+        "None, torch.float16, torch.bfloat16 or torch.float32",
+        lambda value: value in (None, torch.float16, torch.bfloat16, torch.float32),
+    ),
+    "max_norm_ratio": ("None or a number >= 1", lambda value: value is None or (_number(value) and value >= 1)),
+    "vote_momentum": ("a number in [0, 1)", lambda value: _number(value) and 0 <= value < 1),
+}
 
 
 def require(holds: bool, rule: str, found: object) -> None:
@@ -25,17 +46,11 @@ def require(holds: bool, rule: str, found: object) -> None:
         raise ValueError(f"{rule}, found {found!r}")
 
 
-def require_number(rule: str, value: float, least: float, below: float = math.inf) -> float:
-    """Return the value as a float, or raise ValueError unless it is a number in `[least, below)`, inf if open."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    require(is_number and value >= least and (value < below or below == math.inf), rule, value)
-    return float(value)
-
-
-def require_step(name: str, value: int) -> int:
-    """Return the value, or raise ValueError unless it is an integer >= 0."""
-    require(type(value) is int and value >= 0, f"{name} must be an integer >= 0", value)
-    return value
+def require_valid(**settings: object) -> None:
+    """Raise ValueError for the first setting that breaks its rule."""
+    for name, value in settings.items():
+        words, holds = RULES[name]
+        require(holds(value), f"{name} must be {words}", value)
 
 
 def describe(weighting: Callable[[Tensor], Tensor]) -> str:

@@ -79,29 +79,26 @@ class GAFState:
         max_norm_ratio: float | None = 10.0,
         vote_momentum: float = 0.0,
     ) -> None:
-        a_group = process_group is None or isinstance(process_group, dist.ProcessGroup)
-        rule = "process_group must be a torch.distributed.ProcessGroup that this rank is in, or None"
-        require(a_group, rule, process_group)
+        settings.require_valid(
+            process_group=process_group,
+            weighting=weighting,
+            scope=scope,
+            exchange=exchange,
+            start_step=start_step,
+            wire_dtype=wire_dtype,
+            max_norm_ratio=max_norm_ratio,
+            vote_momentum=vote_momentum,
+        )
         require(weighting is None or tau is None, "tau and weighting exclude each other: tau must be None", tau)
-        require(weighting is None or callable(weighting), "weighting must be callable or None", weighting)
-        require(scope in ("bucket", "model"), "scope must be 'bucket' or 'model'", scope)
-        names = ("auto", "sharded", "gather")
-        require(exchange in names, "exchange must be 'auto', 'sharded' or 'gather'", exchange)
-        rule = "wire_dtype must be None, torch.float16, torch.bfloat16 or torch.float32"
-        require(wire_dtype in settings.WIRE_DTYPES, rule, wire_dtype)
         self.process_group = process_group
         self.tau = tau if callable(tau) else require_tau(1.0 if tau is None else tau)
         self.weighting = weighting
         self.scope = scope
         self.exchange = exchange
-        self.start_step = settings.require_step("start_step", start_step)
+        self.start_step = start_step
         self.wire_dtype = wire_dtype
-        rule = "max_norm_ratio must be None or a number >= 1"
-        self.max_norm_ratio = (
-            max_norm_ratio if max_norm_ratio is None else settings.require_number(rule, max_norm_ratio, 1)
-        )
-        rule = "vote_momentum must be a number in [0, 1)"
-        self.vote_momentum = settings.require_number(rule, vote_momentum, 0, below=1)
+        self.max_norm_ratio = None if max_norm_ratio is None else float(max_norm_ratio)
+        self.vote_momentum = float(vote_momentum)
 
         self.step = 0
         self.decisions: list[Decision] = []
@@ -161,7 +158,8 @@ class GAFState:
         require(
             state_dict["version"] == _VERSION, f"state_dict's version must be {_VERSION}", state_dict["version"]
         )
-        step = settings.require_step("state_dict's step", state_dict["step"])
+        step = state_dict["step"]
+        require(type(step) is int and step >= 0, "state_dict's step must be an integer >= 0", step)
         self._meter.load_state_dict(state_dict["meter"])
         self.step = step
 
