@@ -66,6 +66,13 @@ def batches(rank: int, steps: int, size: int = 6) -> list[tuple[Tensor, Tensor]]
     ]
 
 
+def world() -> dist.ProcessGroup:
+    """Return the default group."""
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
 def ddp(module: nn.Module, device: torch.device, **options: Any) -> DistributedDataParallel:
     """Return the module on the device under DDP."""
     return DistributedDataParallel(module.to(device), **options)

@@ -24,7 +24,9 @@ TINY = {"bucket_cap_mb": 0.0005}  # two buckets
 every_scope = pytest.mark.parametrize("scope", ["bucket", "model"])
 
 
-def follow_without_streams(device: torch.device, *args: Any) -> tuple[Followed, list[str]]:
+def follow_without_streams(
+    device: torch.device, gradients: Tensor, settings: dict[str, Any]
+) -> tuple[Followed, list[str]]:
     """Return what `follow` saw on the accelerators' way, and what the hook waited for after step 0.
 
     In step 0 the ranks' settings are compared.
@@ -39,7 +41,7 @@ def follow_without_streams(device: torch.device, *args: Any) -> tuple[Followed, 
         return future
 
     take_accelerators_way()
-    return follow(device, *args, by_hook=hook), waited
+    return follow(device, gradients, SIZES, settings, TINY, hook), waited
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
@@ -52,7 +54,7 @@ def test_equals_the_oracle_without_a_host_sync(
     gradients[1, 0] *= -1
     gradients[2, -1, 5] = torch.nan
     settings = {"tau": 0.9, "scope": scope, "exchange": exchange}
-    outcomes = gloo_ranks(world_size, follow_without_streams, gradients, SIZES, settings, TINY)
+    outcomes = gloo_ranks(world_size, follow_without_streams, gradients, settings)
     assert_follows([followed for followed, _ in outcomes], gradients, oracle.neighborhood(0.9))
     assert [waited for _, waited in outcomes] == [[]] * world_size
 
@@ -60,7 +62,7 @@ def test_equals_the_oracle_without_a_host_sync(
 @pytest.mark.parametrize("settings", [{"wire_dtype": torch.bfloat16}, {"vote_momentum": 0.9}], ids=str)
 def test_half_the_bytes_and_momenta_equal_the_oracle_too(gloo_ranks: Ranks, settings: dict[str, Any]) -> None:
     gradients = torch.stack([agreeing_gradients(3, sum(SIZES), seed) for seed in range(3)])
-    outcomes = gloo_ranks(3, follow_without_streams, gradients, SIZES, {"tau": 0.9, **settings}, TINY)
+    outcomes = gloo_ranks(3, follow_without_streams, gradients, {"tau": 0.9, **settings})
     assert_follows([followed for followed, _ in outcomes], gradients, oracle.neighborhood(0.9), tolerance=2e-2)
     assert [waited for _, waited in outcomes] == [[]] * 3
 
