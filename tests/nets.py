@@ -26,7 +26,7 @@ class Probe(nn.Module):
         )
 
     def forward(self, gradients: Tensor) -> Tensor:
-        slices = gradients.split([p.numel() for p in self.parts])
+        slices = torch.split(gradients, [p.numel() for p in self.parts])
         losses = [(p * g.to(p.dtype)).sum() for p, g in zip(self.parts, slices, strict=True)]
         return torch.stack([loss.to(losses[0].dtype) for loss in losses]).sum()
 

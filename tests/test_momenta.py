@@ -1,6 +1,7 @@
 """Momenta against sums of explicit vectors in float64."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from gaf_ddp import gram
 from gaf_ddp.gramian import Rows
 from gaf_ddp.momenta import Momenta, judged
 from tests.gradients import random_gradients
+
+assert_close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-4)  # momenta are float32
 
 
 def by_hand(steps: Tensor, decay: float) -> Tensor:
@@ -35,8 +38,8 @@ def test_the_gramian_is_that_of_the_momenta(
     for rows in steps:
         measured = judged(momenta.measure("bucket", form(rows)))
     expected = by_hand(steps, 0.9)
-    assert measured.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.testing.assert_close(measured.double(), expected @ expected.T, rtol=1e-5, atol=1e-4)
+    assert measured.dtype == torch.float64
+    assert_close(measured, expected @ expected.T)
 
 
 def test_slices_and_buckets_add_up() -> None:
@@ -45,7 +48,7 @@ def test_slices_and_buckets_add_up() -> None:
     for rows in steps:
         expected = judged(whole.measure("all", rows))
         found = judged(left.measure("a", rows[:, :300]) + right.measure("b", rows[:, 300:]))
-    torch.testing.assert_close(found, expected)
+    assert_close(found, expected)
 
 
 def test_rows_are_left_as_they_are_and_not_kept() -> None:
@@ -55,7 +58,7 @@ def test_rows_are_left_as_they_are_and_not_kept() -> None:
     assert torch.equal(rows, before)
     torch.testing.assert_close(judged(first), gram(before))
     rows.fill_(7.0)  # the exchange uses the rows' memory again
-    torch.testing.assert_close(judged(momenta.measure("bucket", before)), 1.9**2 * gram(before))
+    assert_close(judged(momenta.measure("bucket", before)), 1.9**2 * gram(before))
 
 
 def test_a_rank_without_a_gradient_is_absent_though_it_had_one() -> None:
@@ -87,7 +90,7 @@ def test_nan_stays_until_it_is_forgotten_and_reaches_no_other_rank() -> None:
     good = judged(momenta.measure("bucket", steps[2]))
     expected = by_hand(steps[:3].nan_to_num(), 0.9)
     expected[1] = steps[2, 1].double()
-    torch.testing.assert_close(good.double(), expected @ expected.T, rtol=1e-5, atol=1e-4)
+    assert_close(good, expected @ expected.T)
 
 
 @pytest.mark.parametrize("other", [random_gradients(3, 40, seed=1), random_gradients(2, 50, seed=1)])
@@ -105,7 +108,7 @@ def test_buckets_that_are_gone_are_not_remembered() -> None:
     momenta.measure("second layout", rows)
     momenta.finish()
     torch.testing.assert_close(judged(momenta.measure("first layout", rows)), gram(rows))
-    torch.testing.assert_close(judged(momenta.measure("second layout", rows)), 1.9**2 * gram(rows))
+    assert_close(judged(momenta.measure("second layout", rows)), 1.9**2 * gram(rows))
 
 
 def test_an_empty_slice_has_a_gramian_of_zeros() -> None:
