@@ -145,10 +145,12 @@ def _decide_few(gramian: Tensor, weighting: Any, max_norm_ratio: float | None) -
     norm = {i: math.sqrt(inner[i][i]) for i in ranks if not nonfinite[i] and inner[i][i] > 0}
     limit = math.inf if max_norm_ratio is None or not norm else max_norm_ratio * median_low(norm.values())
     voters = [i for i in norm if norm[i] <= limit]
-    counts = _require_counts(weighting, weighting.of_few(inner, voters), voters)
+    cosines = [[plain_cosine(inner, i, j) if i in voters and j in voters else 0.0 for j in ranks] for i in ranks]
+    counts = _require_counts(
+        weighting, weighting.of_few(inner, list(voters)), voters
+    )  # may change what it is shown
     poisoned = any(nonfinite) and not voters
     total = math.fsum(counts.values())
-    cosines = [[plain_cosine(inner, i, j) if i in voters and j in voters else 0.0 for j in ranks] for i in ranks]
     shares = [math.nan if poisoned else counts[i] / total if counts.get(i) else 0.0 for i in ranks]
     kept = [counts.get(i, 0.0) > 0 for i in ranks]
     overlong = [i in norm and i not in voters for i in ranks]
