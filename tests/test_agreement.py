@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gaf_ddp import Agreement, Mean, NeighborhoodAgreement, SequentialAgreement, Weighting, _few_ranks
+from gaf_ddp import Agreement, Mean, NeighborhoodAgreement, SequentialAgreement, Weighting, gramian
 from gaf_ddp.agreement import decide
 from gaf_ddp.weighting import cosine
 from tests import oracle
@@ -43,7 +43,9 @@ def long(gradients: Tensor) -> None:
 
 
 def several(gradients: Tensor) -> None:
-    zero(gradients), nan(gradients), long(gradients)
+    zero(gradients)
+    nan(gradients)
+    long(gradients)
 
 
 def all_zero(gradients: Tensor) -> None:
@@ -55,7 +57,8 @@ def all_nan(gradients: Tensor) -> None:
 
 
 def zero_or_nan(gradients: Tensor) -> None:
-    all_zero(gradients), nan(gradients)
+    all_zero(gradients)
+    nan(gradients)
 
 
 every_spoil = pytest.mark.parametrize(
@@ -99,12 +102,12 @@ def test_decide_equals_the_oracle(
 def test_decide_never_waits(
     weighting: Weighting, spoil: Spoil, ratio: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_few_ranks, "MOST", 0)  # as on an accelerator; on the CPU there is nothing to wait for
+    monkeypatch.setattr(gramian, "_HOST", "no device")  # on the CPU there is nothing to wait for
     gradients = random_gradients(5, 100)
     spoil(gradients)
-    gramian = gramian_of(gradients)
+    inner = gramian_of(gradients)
     with HostSyncs() as syncs:
-        decide(gramian, weighting, ratio)
+        decide(inner, weighting, ratio)
     assert syncs.calls == []
 
 
@@ -138,7 +141,7 @@ class TestVoters:
         assert decide(gramian, Mean(), 10.0).overlong.tolist() == [False, False, False, True]
         assert not decide(gramian, Mean(), 10.5).overlong.any()  # at exactly the ratio it votes
         # Absent ranks have no part in the median.
-        wider = torch.block_diag(torch.diag(torch.tensor([0.0, 0.0, math.nan])), gramian)
+        wider = torch.diag(torch.tensor([0.0, 0.0, math.nan, 1.0, 4.0, 25.0, 441.0]))
         assert decide(wider, Mean(), 10.0).overlong.tolist() == [False] * 6 + [True]
 
     def test_of_two_ranks_the_shorter_is_the_median(self) -> None:
@@ -206,6 +209,10 @@ class TestForeignWeightings:
             (torch.ones(3, dtype=torch.bool), r"\(3,\) of torch.bool"),
             (None, "None"),
             ([1.0, 1.0, 1.0], r"\[1.0, 1.0, 1.0\]"),
+            (torch.tensor([0.5, math.nan, 0.5]), r"\[0.5, nan, 0.5\]"),
+            (torch.full((3,), math.nan), r"\[nan, nan, nan\]"),
+            (torch.tensor([math.inf, 0.0, 0.0]), r"\[inf, 0.0, 0.0\]"),
+            (torch.tensor([1.5, 0.0, -0.5]), r"\[1.5, 0.0, -0.5\]"),
         ],
     )
     def test_must_return_weights(self, weights: object, found: str, own: bool) -> None:
@@ -217,9 +224,41 @@ class TestForeignWeightings:
                 return "Odd()"
 
         odd = Odd() if own else type("Foreign", (), {"__call__": Odd.__call__, "__repr__": Odd.__repr__})()
-        rule = r"weighting must return floating point weights of shape \(3,\), found "
+        rule = r"weighting must return finite weights >= 0, floating point of shape \(3,\), found "
         with pytest.raises(ValueError, match=rule + found + r" from Odd\(\)"):
             decide(torch.eye(3), odd, 10.0)
+
+
+class Careless(Weighting):
+    """A rule that changes what it is shown."""
+
+    def __call__(self, gramian: Tensor) -> Tensor:
+        weights = Mean()(gramian)
+        gramian.fill_(7.0)
+        return weights
+
+
+class CarelessInNumbers(Careless):
+    def of_few(self, gramian: list[list[float]], voters: list[int]) -> dict[int, float]:
+        counts = dict.fromkeys(voters, 1.0)
+        voters.clear()
+        for row in gramian:
+            row[:] = [7.0] * len(row)
+        return counts
+
+
+@pytest.mark.parametrize("careless", [Careless(), Careless().__call__, CarelessInNumbers()])
+def test_a_weighting_that_changes_its_argument_does_not_change_the_record(
+    careless: Callable[[Tensor], Tensor],
+) -> None:
+    for spoil in (nothing, several):
+        gradients = random_gradients(5, 100)
+        spoil(gradients)
+        found = decide(gramian_of(gradients), careless, 10.0)
+        expected = decide(gramian_of(gradients), Mean(), 10.0)
+        for field in fields(Agreement):
+            left, right = getattr(found, field.name), getattr(expected, field.name)
+            torch.testing.assert_close(left, right, rtol=0, atol=1e-15, equal_nan=True, msg=field.name)
 
 
 def test_the_record_is_complete() -> None:

@@ -1,9 +1,9 @@
-"""Workspace: what is lent is nobody else's, what came back is used again."""
+"""CPU memory used again: what is lent is nobody else's, what came back is used again."""
 
 import pytest
 import torch
 
-from gaf_ddp.workspace import Workspace
+from gaf_ddp.memory import Workspace
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -33,7 +33,37 @@ def test_what_came_back_is_used_again_also_for_less() -> None:
 
 
 def test_memory_too_small_is_replaced_not_kept() -> None:
+    """What came back is at most one memory here, the largest: the smaller ones before it are gone."""
     workspace = Workspace()
     for columns in (100, 200, 400):
         workspace.give_back(workspace.take(1, columns, torch.float32))
-    assert len(workspace._free) == 1
+    largest = workspace.take(1, 400, torch.float32)
+    address = largest.data_ptr()
+    workspace.give_back(largest)
+    lent = [workspace.take(1, 1, torch.float32) for _ in range(2)]
+    assert [matrix.data_ptr() == address for matrix in lent] == [True, False]
+    assert lent[1].untyped_storage().nbytes() == 64  # fresh
+
+
+def test_the_smallest_that_holds_it_is_taken() -> None:
+    workspace = Workspace()
+    lent = [workspace.take(1, columns, torch.float32) for columns in (400, 100, 200)]
+    address = {columns: matrix.data_ptr() for columns, matrix in zip((400, 100, 200), lent, strict=True)}
+    for matrix in lent:
+        workspace.give_back(matrix)
+    assert [workspace.take(1, n, torch.float32).data_ptr() for n in (150, 90, 50)] == [
+        address[200],
+        address[100],
+        address[400],
+    ]
+
+
+def test_what_is_not_lent_may_be_given_back() -> None:
+    workspace = Workspace()
+    workspace.give_back(torch.ones(1000))
+    workspace.give_back(workspace.take(0, 10, torch.float32))
+    part = workspace.take(2, 10, torch.float32)
+    workspace.give_back(part)
+    workspace.give_back(part)  # twice is once
+    first, second = workspace.take(2, 10, torch.float32), workspace.take(2, 10, torch.float32)
+    assert first.data_ptr() != second.data_ptr()

@@ -2,31 +2,39 @@
 
 import math
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from gaf_ddp import Agreement, NeighborhoodAgreement, SequentialAgreement, Weighting, _few_ranks
+from gaf_ddp import Agreement, Mean, NeighborhoodAgreement, SequentialAgreement, Weighting
 from gaf_ddp.agreement import decide
 from tests.gradients import agreeing_gradients, random_gradients
 from tests.properties import gramian_of
 
+FEW = 16  # up to so many ranks plain numbers are faster
 
-class Neighborhood(NeighborhoodAgreement):
+
+class InTensors(Mean):
     """The same rule in tensors; only the very class has the faster way."""
 
 
-class Sequential(SequentialAgreement):
+class NeighborhoodInTensors(NeighborhoodAgreement):
+    """As above."""
+
+
+class SequentialInTensors(SequentialAgreement):
     """As above."""
 
 
 def rules(tau: float) -> list[tuple[Weighting, Weighting]]:
     """Return each rule with the same in tensors."""
     return [
-        (NeighborhoodAgreement(tau), Neighborhood(tau)),
-        (SequentialAgreement(tau), Sequential(tau)),
-        (SequentialAgreement(tau, running="half"), Sequential(tau, running="half")),
+        (Mean(), InTensors()),
+        (NeighborhoodAgreement(tau), NeighborhoodInTensors(tau)),
+        (SequentialAgreement(tau), SequentialInTensors(tau)),
+        (SequentialAgreement(tau, running="half"), SequentialInTensors(tau, running="half")),
     ]
 
 
@@ -40,8 +48,6 @@ def spoilt(gramian: Tensor, seed: int) -> Tensor:
 
 def assert_same(gramian: Tensor, tau: float, ratio: float | None) -> None:
     for fast, in_tensors in rules(tau):
-        assert _few_ranks.can_decide(gramian, fast)
-        assert not _few_ranks.can_decide(gramian, in_tensors)
         found, expected = decide(gramian, fast, ratio), decide(gramian, in_tensors, ratio)
         for field in fields(Agreement):
             left, right = getattr(found, field.name), getattr(expected, field.name)
@@ -52,7 +58,7 @@ def assert_same(gramian: Tensor, tau: float, ratio: float | None) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7, _few_ranks.MOST])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7, FEW])
 def test_every_field_is_the_same(world_size: int, dtype: torch.dtype) -> None:
     for seed in range(20):
         gramian = gramian_of(random_gradients(world_size, 50, seed=seed)).to(dtype)
@@ -74,6 +80,47 @@ def test_copies_tie_and_the_lowest_rank_wins() -> None:
         assert_same(gramian_of(torch.stack(rows)), 0.05, 10.0)
 
 
-def test_more_ranks_are_left_to_tensor_operations() -> None:
-    gramian = torch.ones(_few_ranks.MOST + 1, _few_ranks.MOST + 1)
-    assert not _few_ranks.can_decide(gramian, NeighborhoodAgreement(1.0))
+class Both(Weighting):
+    """A user's rule, which keeps the first voter; it notes which way it was asked."""
+
+    def __init__(self, answer: object = None) -> None:
+        self.asked: list[str] = []
+        self.answer = answer
+
+    def __call__(self, gramian: Tensor) -> Tensor:
+        self.asked.append("tensors")
+        return (gramian.diagonal() > 0).cumsum(0).eq(1) * (gramian.diagonal() > 0).to(gramian)
+
+    def of_few(self, gramian: list[list[float]], voters: list[int]) -> Any:
+        self.asked.append("numbers")
+        return {voters[0]: 3.0} if self.answer is None else self.answer
+
+
+class Heir(Both):
+    """Has the numbers from a class above: they may not be its own rule's."""
+
+
+@pytest.mark.parametrize(
+    ("rule", "world_size", "way"),
+    [(Both(), FEW, "numbers"), (Both(), FEW + 1, "tensors"), (Heir(), 2, "tensors")],
+)
+def test_numbers_are_asked_of_few_ranks_and_of_the_very_class(rule: Both, world_size: int, way: str) -> None:
+    gramian = torch.eye(world_size)
+    gramian[0, 0] = 0
+    assert decide(gramian, rule, 10.0).weights.nonzero().flatten().tolist() == [1]
+    assert rule.asked == [way]
+
+
+@pytest.mark.parametrize("answer", [[1.0, 1.0], {0: 1.0}, {1: math.nan}, {1: math.inf}, {1: -1.0, 2: 2.0}])
+def test_what_counts_must_be_numbers_of_voters(answer: object) -> None:
+    rule = r"of_few must return what voters count, finite and >= 0, by their ranks among \[1, 2\], found "
+    with pytest.raises(ValueError, match=rule) as error:
+        decide(torch.diag(torch.tensor([0.0, 1.0, 1.0])), Both(answer), 10.0)
+    assert f"found {answer!r} from <" in str(error.value)
+
+
+def test_nothing_counted_is_no_agreement() -> None:
+    for answer in ({}, {0: 0.0}):
+        found = decide(torch.eye(2), Both(answer), 10.0)
+        assert found.weights.tolist() == [0, 0]
+        assert not found.agreed
