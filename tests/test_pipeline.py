@@ -1,0 +1,83 @@
+"""The way of a bucket: which exchange it takes, and what it may not be."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gaf_ddp import GAFState, gaf_hook
+from gaf_ddp.exchange import GatherExchange, ShardedExchange
+from gaf_ddp.peer import PeerExchange
+from gaf_ddp.pipeline import Pipeline
+from tests.accelerator import take_accelerators_way
+from tests.nets import Probe, ddp, world
+
+Ranks = Callable[..., list[Any]]
+
+SMALL, LARGE = 40, 100_000
+SCOPES, EXCHANGES = ("bucket", "model"), ("auto", "gather", "sharded")
+ROUTES = [{"scope": scope, "exchange": exchange} for scope in SCOPES for exchange in EXCHANGES]
+
+
+def watch_routes(device: torch.device, as_accelerator: bool) -> list[list[str]]:
+    """Return for each of ROUTES which exchange a small and a large bucket took."""
+    if as_accelerator:
+        take_accelerators_way()
+    taken: dict[int, str] = {}
+
+    def watch(kind: Any) -> None:
+        scatter = kind.scatter
+
+        def watched(exchange: Any, bucket: Tensor) -> Any:
+            taken[bucket.numel()] = kind.__name__
+            return scatter(exchange, bucket)
+
+        kind.scatter = watched  # in a rank's process, which ends with the test
+
+    for kind in (GatherExchange, ShardedExchange, PeerExchange):
+        watch(kind)
+    found = []
+    for settings in ROUTES:
+        taken.clear()
+        model = ddp(Probe([LARGE, SMALL]), device, bucket_cap_mb=0.0001)
+        model.register_comm_hook(GAFState(**settings), gaf_hook)  # type: ignore[arg-type]
+        for _ in range(2):  # DDP's first step has one bucket
+            model(torch.ones(LARGE + SMALL, device=device)).backward()
+        found.append([taken[SMALL], taken[LARGE]])
+    return found
+
+
+def routes(sharded: str, small_in_bucket_scope: str) -> list[list[str]]:
+    """Return what `watch_routes` should."""
+    auto, gather = [small_in_bucket_scope, sharded], ["GatherExchange"] * 2
+    return [auto, gather, [sharded] * 2, [sharded] * 2, gather, [sharded] * 2]
+
+
+def test_on_the_cpu_auto_never_gathers(gloo_ranks: Ranks) -> None:
+    assert gloo_ranks(2, watch_routes, False) == [routes("PeerExchange", "PeerExchange")] * 2
+
+
+ON_ACCELERATORS = [routes("ShardedExchange", "GatherExchange")] * 2
+
+
+def test_on_accelerators_auto_gathers_small_buckets_in_bucket_scope(gloo_ranks: Ranks) -> None:
+    assert gloo_ranks(2, watch_routes, True) == ON_ACCELERATORS
+
+
+def test_gpus_do_so_too(nccl_ranks: Ranks) -> None:
+    assert nccl_ranks(2, watch_routes, False) == ON_ACCELERATORS
+
+
+def take_from_two_devices(device: torch.device) -> None:
+    """Let a bucket come from another device than the first one; one without memory stands for it."""
+    settings: dict[str, Any] = {"scope": "bucket", "exchange": "auto", "wire_dtype": None, "vote_momentum": 0.0}
+    pipeline = Pipeline(world(), device, **settings)
+    with pytest.raises(ValueError, match=r"all parameters .* must be on one device, found .* and meta"):
+        pipeline.take(SimpleNamespace(buffer=lambda: torch.zeros(4, device="meta")), 0)
+
+
+def test_a_model_on_two_devices_is_refused(ranks: Ranks) -> None:
+    ranks(2, take_from_two_devices)
