@@ -1,19 +1,25 @@
 """GAFState saved and pickled: each field, other world sizes, and what is left behind."""
 
+import copy
 import io
+import json
 import logging
+import math
 import pickle
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
-from gaf_ddp import GAFState, Mean, SequentialAgreement, gaf_hook
-from gaf_ddp.agreement import decide
+from gaf_ddp import GAFState, SequentialAgreement, gaf_hook
 from tests.nets import Probe, ddp
-from tests.test_state import filled
+from tests.test_state import end_step, filled
 
 Ranks = Callable[..., list[Any]]
 
@@ -21,50 +27,130 @@ Ranks = Callable[..., list[Any]]
 class TestStateDict:
     def test_holds_the_step_and_the_statistics(self) -> None:
         state = filled()
-        copy = GAFState(tau=0.5, scope="model")
-        copy.load_state_dict(state.state_dict())
-        assert copy.step == 2
-        assert copy.summary() == state.summary()
+        restored = GAFState(tau=0.5, scope="model")
+        restored.load_state_dict(state.state_dict())
+        assert restored.step == 2
+        assert restored.summary() == state.summary()
 
     def test_survives_torch_save_without_unpickling_code(self) -> None:
         file = io.BytesIO()
         torch.save(filled().state_dict(), file)
         file.seek(0)
-        copy = GAFState()
-        copy.load_state_dict(torch.load(file, weights_only=True))
-        assert copy.step == 2
-        assert copy.summary() == filled().summary()
+        restored = GAFState()
+        restored.load_state_dict(torch.load(file, weights_only=True))
+        assert restored.step == 2
+        assert restored.summary() == filled().summary()
 
     def test_of_a_fresh_state(self) -> None:
-        copy = filled()
-        copy.load_state_dict(GAFState().state_dict())
-        assert (copy.step, copy.summary()) == (0, {})
+        restored = filled()
+        restored.load_state_dict(GAFState().state_dict())
+        assert (restored.step, restored.summary()) == (0, {})
 
     def test_leaves_the_settings_to_the_constructor(self) -> None:
-        copy = GAFState(tau=1.5)
-        copy.load_state_dict(filled().state_dict())
-        assert (copy.tau, copy.scope) == (1.5, "bucket")
+        restored = GAFState(tau=1.5)
+        restored.load_state_dict(filled().state_dict())
+        assert (restored.tau, restored.scope) == (1.5, "bucket")
 
     def test_of_another_world_size_starts_the_statistics_anew(self) -> None:
-        copy = GAFState()
-        copy.load_state_dict(filled(5).state_dict())
-        copy.meter.record(decide(torch.ones(3, 3), Mean(), None))
-        assert copy.step == 2
-        summary = copy.summary()
+        restored = GAFState()
+        restored.load_state_dict(filled(5).state_dict())
+        end_step(restored, torch.ones(3, 3))
+        assert restored.step == 3
+        summary = restored.summary()
         assert summary["gaf/kept_fraction"] == 1
         assert "gaf/kept_rank_03" not in summary
 
-    def test_anything_else_is_refused(self) -> None:
-        with pytest.raises(ValueError, match=r"state_dict must hold step and meter, found \['meters'\]"):
-            GAFState().load_state_dict({"meters": {}})
+    def test_is_plain_and_of_one_form(self) -> None:
+        empty, full = GAFState().state_dict(), filled(5).state_dict()
+        assert json.loads(json.dumps(full)) == full
+        for state_dict in (empty, full):
+            assert [*state_dict] == ["version", "step", "meter"]
+            assert state_dict["version"] == 1
+            assert state_dict["meter"].keys() == full["meter"].keys()
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"step": "7"}, "state_dict's step must be an integer >= 0, found '7'"),
+            ({"step": -3}, "state_dict's step must be an integer >= 0, found -3"),
+            ({"step": None}, "state_dict's step must be an integer >= 0, found None"),
+            ({"step": math.nan}, "state_dict's step must be an integer >= 0, found nan"),
+            ({"step": 7.0}, "state_dict's step must be an integer >= 0, found 7.0"),
+            ({"step": True}, "state_dict's step must be an integer >= 0, found True"),
+            ({"version": 2}, "state_dict's version must be 1, found 2"),
+            ({"version": None}, "state_dict's version must be 1, found None"),
+            ({"meter": {}}, "meter must hold lists of numbers as state_dict() returns them, found {}"),
+            ({"meter": None}, "meter must hold lists of numbers as state_dict() returns them, found None"),
+            ({"tau": 0.5}, "state_dict must hold ['meter', 'step', 'version'], found"),
+        ],
+        ids=lambda value: str(value) if isinstance(value, dict) else "",
+    )
+    def test_anything_else_is_refused_and_changes_nothing(self, change: dict[str, Any], message: str) -> None:
+        state, other = filled(3), filled(5)
+        end_step(other, torch.ones(5, 5))
+        before = state.state_dict()
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            state.load_state_dict({**other.state_dict(), **change})
+        assert state.state_dict() == before
+
+    @pytest.mark.parametrize("missing", ["version", "step", "meter"])
+    def test_none_of_it_may_be_missing(self, missing: str) -> None:
+        state, whole = filled(3), filled(5).state_dict()
+        before = state.state_dict()
+        with pytest.raises(ValueError, match=r"state_dict must hold \['meter', 'step', 'version'\], found"):
+            state.load_state_dict({name: value for name, value in whole.items() if name != missing})
+        assert state.state_dict() == before
+
+    @pytest.mark.parametrize("none", [None, [], "version", 3])
+    def test_must_be_a_dictionary(self, none: Any) -> None:
+        with pytest.raises(ValueError, match=r"state_dict must hold \['meter', 'step', 'version'\], found"):
+            GAFState().load_state_dict(none)
 
     def test_is_not_touched_by_later_steps(self) -> None:
         state = filled()
         saved = state.state_dict()
-        state.meter.record(decide(torch.ones(3, 3), Mean(), None))
-        copy = GAFState()
-        copy.load_state_dict(saved)
-        assert copy.summary() == filled().summary()
+        end_step(state, torch.ones(3, 3))
+        restored = GAFState()
+        restored.load_state_dict(saved)
+        assert restored.summary() == filled().summary()
+
+
+class TestDistributedCheckpoint:
+    @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # as asked for
+    @pytest.mark.parametrize("target", [GAFState(), filled(3), filled(5)], ids=["fresh", "W=3", "W=5"])
+    @pytest.mark.parametrize("as_dict", [True, False])
+    def test_loads_into_any_state(self, tmp_path: Path, target: GAFState, as_dict: bool) -> None:
+        state = filled(3)
+        end_step(state, torch.ones(3, 3))
+        target = copy.deepcopy(target)
+        if as_dict:
+            save({"gaf": state.state_dict()}, checkpoint_id=tmp_path, no_dist=True)
+            loaded = {"gaf": target.state_dict()}
+            load(loaded, checkpoint_id=tmp_path, no_dist=True)
+            target.load_state_dict(loaded["gaf"])
+        else:  # whatever has state_dict and load_state_dict
+            save({"gaf": state}, checkpoint_id=tmp_path, no_dist=True)
+            load({"gaf": target}, checkpoint_id=tmp_path, no_dist=True)
+        assert target.state_dict() == state.state_dict()
+
+    def test_works_between_ranks(self, ranks: Ranks, tmp_path: Path) -> None:
+        ranks(2, checkpoint, tmp_path)
+
+
+def checkpoint(device: torch.device, folder: Path) -> None:
+    """Save after two steps, load into a fresh state that trains already, and go on."""
+    model, state, fresh = ddp(Probe([20, 20]), device), GAFState(), GAFState()
+    model.register_comm_hook(state, gaf_hook)
+    for _ in range(2):
+        model(torch.ones(40, device=device)).backward()
+    save({"model": model, "gaf": state}, checkpoint_id=folder)
+    model = ddp(Probe([20, 20]), device)
+    model.register_comm_hook(fresh, gaf_hook)
+    load({"model": model, "gaf": fresh}, checkpoint_id=folder)
+    assert fresh.state_dict() == state.state_dict()
+    model(torch.ones(40, device=device)).backward()
+    assert fresh.step == 3
+    assert fresh.summary()["gaf/kept_fraction"] == 1
 
 
 def a_schedule(step: int) -> float:
@@ -89,19 +175,19 @@ class TestPickling:
         ids=str,
     )
     def test_keeps_each_setting(self, settings: dict[str, Any]) -> None:
-        copy = pickle.loads(pickle.dumps(GAFState(**settings)))
+        restored = pickle.loads(pickle.dumps(GAFState(**settings)))
         for name, value in settings.items():
-            assert repr(getattr(copy, name)) == repr(value)
+            assert repr(getattr(restored, name)) == repr(value)
 
     def test_keeps_step_and_statistics(self) -> None:
-        copy = pickle.loads(pickle.dumps(filled()))
-        assert copy.step == 2
-        assert copy.summary() == filled().summary()
+        restored = pickle.loads(pickle.dumps(filled()))
+        assert restored.step == 2
+        assert restored.summary() == filled().summary()
 
     def test_leaves_the_group_and_all_that_hangs_on_it(self, ranks: Ranks) -> None:
         for found in ranks(2, pickle_after_a_step):
             assert found["warnings"] == [
-                "gaf_ddp: process_group is not pickled; the copy will use the default group"
+                "gaf_ddp: a GAFState is pickled without its process_group; set it after unpickling"
             ]
             assert found["group"] is None
             assert found["agreement"] is None
@@ -125,7 +211,7 @@ def pickle_after_a_step(device: torch.device) -> dict[str, Any]:
     group = dist.new_group([0, 1])
     state = GAFState(group)  # type: ignore[arg-type]
     step(state, process_group=group)
-    copy = pickle.loads(pickle.dumps(state))
-    found = {"warnings": messages, "group": copy.process_group, "agreement": copy.agreement}
-    step(copy)
-    return {**found, "steps": copy.step}
+    restored = pickle.loads(pickle.dumps(state))
+    found = {"warnings": messages, "group": restored.process_group, "agreement": restored.agreement}
+    step(restored)
+    return {**found, "steps": restored.step}
