@@ -130,8 +130,8 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 def machine(facts: Mapping[str, Any]) -> str:
     """Return in a line on what something was measured, for the foot of a picture."""
-    place = f"{facts['device']}, {facts['cores']} cores, {facts['backend']}"
-    return f"{place}, torch {facts['torch']}, {facts['date']}"
+    backend = "" if facts["backend"] == "none" else f"{facts['backend']}, "
+    return f"{facts['device']}, {facts['cores']} cores, {backend}torch {facts['torch']}, {facts['date']}"
 
 
 def banner(facts: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """The arms of an experiment: what is trained in its setting, the filters and the controls beside them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -20,21 +20,30 @@ class Arm:
 
 
 def runs_of(experiment: Experiment, arm: str) -> list[Run]:
-    """All runs of an arm, every seed, in one process."""
+    """Return all runs of an arm, every seed, in one process."""
     seeds = range(experiment.seeds)
     return [replace(run, seed=seed) for run in ARMS[arm].runs(experiment) for seed in seeds]
 
 
 def real_runs_of(experiment: Experiment, arm: str) -> list[Run]:
-    """The runs of an arm that are repeated on real ranks."""
+    """Return the runs of an arm that are repeated on real ranks."""
     if arm not in experiment.real_arms:
         return []
     repeated = [run for run in runs_of(experiment, arm) if run.seed < experiment.real_seeds]
     return [replace(run, engine="ddp") for run in repeated]
 
 
+def all_runs(experiments: Iterable[Experiment]) -> list[Run]:
+    """Return every run the experiments need, once, real ranks last; what others repeat comes before them."""
+    pairs = [(e, arm) for e in experiments for arm in e.arms]
+    runs = [run for e, arm in pairs for run in (*runs_of(e, arm), *real_runs_of(e, arm))]
+    needed = [replace(run, rule=run.rule.like) for run in runs if run.rule.like is not None]
+    unique = {run.key: run for run in (*needed, *runs)}
+    return sorted(unique.values(), key=lambda run: (run.engine == "ddp", run.rule.like is not None))
+
+
 def title_of(experiment: Experiment, arm: str) -> str:
-    """The arm's name for people."""
+    """Return the arm's name for people."""
     return ARMS[arm].title.format(tau=f"{experiment.tau:g}")
 
 
@@ -43,17 +52,8 @@ def _ruled(name: str, parameter: Callable[[Experiment], float | None]) -> Callab
 
 
 def _repeating(control: str, arm: str) -> Callable[[Experiment], list[Run]]:
-    """A random control with the acceptance of another arm."""
-
-    def runs(e: Experiment) -> list[Run]:
-        return [replace(run, rule=Rule(control, like=run.rule)) for run in ARMS[arm].runs(e)]
-
-    return runs
-
-
-def _shuffling(arm: str) -> Callable[[Experiment], list[Run]]:
-    """The weights of another arm's rule, dealt to random ranks."""
-    return lambda e: [replace(run, rule=Rule("shuffled", of=run.rule)) for run in ARMS[arm].runs(e)]
+    """Return a random control's runs, with the acceptance of another arm."""
+    return lambda e: [replace(run, rule=Rule(control, like=run.rule)) for run in ARMS[arm].runs(e)]
 
 
 def _best_lr(e: Experiment) -> list[Run]:
@@ -64,15 +64,10 @@ def _tuned(e: Experiment) -> list[Run]:
     return [replace(run, rule=Rule("neighborhood", e.tau)) for run in _best_lr(e)]
 
 
-def _bad(e: Experiment) -> float:
-    """How many ranks are bad: what Krum is told. 1 where there are none or everyone's labels are noisy."""
-    return float(max(len(e.bad), 1))
-
-
 def _krum(e: Experiment) -> list[Run]:
-    """Krum needs three ranks more than are bad."""
-    enough = len(e.base.ranks) >= _bad(e) + 3
-    return [replace(e.base, rule=Rule("krum", _bad(e)))] if enough else []
+    """Return Krum's run, told how many ranks are bad (1 where none is); it needs three more than those."""
+    bad = max(len(e.bad), 1)
+    return _ruled("krum", lambda e: float(bad))(e) if len(e.base.ranks) >= bad + 3 else []
 
 
 def _oracle(e: Experiment) -> list[Run]:
@@ -82,33 +77,11 @@ def _oracle(e: Experiment) -> list[Run]:
     return [replace(e.base, labels=Labels())]
 
 
-def _layers(e: Experiment) -> list[Run]:
-    return [replace(e.base, scope="bucket", rule=Rule("neighborhood", e.tau))]
-
-
-def _candidate(name: str, parameter: float, title: str) -> dict[str, Arm]:
-    """A candidate and the two controls with its acceptance."""
-    key = f"{name} {parameter:g}"
-    shuffled = Arm("… its weights, to random ranks", "control", _shuffling(key))
-    return {
-        key: Arm(title, "filter", _ruled(name, lambda e: parameter)),
-        **_controls(key),
-        f"{key}: shuffled": shuffled,
-    }
-
-
-def _momenta(tau: float) -> dict[str, Arm]:
-    """Ranks judged by momenta; their cosines are higher, so tau is its own."""
-    key = f"momenta {tau:g}"
-    title = f"judged by momenta {VOTE_MOMENTUM:g}, tau {tau:g}"
-    return {key: Arm(title, "filter", _ruled(MOMENTA, lambda e: tau)), **_controls(key)}
-
-
-def _controls(arm: str) -> dict[str, Arm]:
-    return {
-        f"{arm}: random members": Arm("… random members", "control", _repeating("random members", arm)),
-        f"{arm}: random skips": Arm("… random skips", "control", _repeating("random skips", arm)),
-    }
+def with_controls(key: str, arm: Arm) -> dict[str, Arm]:
+    """Return an arm called key, and the two random controls with its acceptance."""
+    members = Arm("… random members", "control", _repeating("random members", key))
+    skips = Arm("… random skips", "control", _repeating("random skips", key))
+    return {key: arm, f"{key}: random members": members, f"{key}: random skips": skips}
 
 
 ARMS: dict[str, Arm] = {
@@ -129,16 +102,11 @@ ARMS: dict[str, Arm] = {
     "upgrad": Arm("UPGrad (TorchJD)", "other rule", _ruled("upgrad", lambda e: None)),
     "krum": Arm("Krum (TorchJD)", "other rule", _krum),
     "oracle": Arm("oracle: no bad ranks or labels", "oracle", _oracle),
-    **_momenta(0.7),
-    **_momenta(0.5),
-    "layers": Arm("per layer, tau {tau}", "filter", _layers),
-    **_candidate("quantile", 0.3, "tau = 0.3 quantile of recent distances"),
-    **_candidate("quantile", 0.6, "tau = 0.6 quantile of recent distances"),
-    **_candidate("memory", 0.9, "near the mean of past updates, tau 0.9"),
-    **_candidate("memory", 1.0, "near the mean of past updates, tau 1"),
-    **_candidate("soft", 1.0, "soft weights by cosine"),
-    **_candidate("soft", 3.0, "soft weights by cosine cubed"),
-    **_controls("layers"),
+    # Momenta's cosines are higher than gradients', so tau is this arm's own.
+    **with_controls(
+        "momenta 0.7",
+        Arm(f"judged by momenta {VOTE_MOMENTUM:g}, tau 0.7", "filter", _ruled(MOMENTA, lambda e: 0.7)),
+    ),
 }
 
 ALL = (

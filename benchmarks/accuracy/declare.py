@@ -1,8 +1,7 @@
 """What a training run is and what an experiment is: frozen declarations, nothing that computes."""
 
-import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 
@@ -35,15 +34,13 @@ class Fault:
 class Rule:
     """How the ranks' gradients become one; the names are in `rules.RULES`.
 
-    like: for the random controls, the rule whose acceptance, step by step, they repeat.
-    of: for shuffled weights, the rule they come from.
     parameter: tau for the filters, what the rule's own documentation says for the others.
+    like: for the random controls, the rule whose acceptance, step by step, they repeat.
     """
 
     name: str
     parameter: float | None = None
     like: "Rule | None" = None
-    of: "Rule | None" = None
 
 
 AVERAGING = Rule("averaging")
@@ -67,29 +64,21 @@ class Run:
     labels: Labels = Labels()
     fault: Fault | None = None
     rule: Rule = AVERAGING
-    scope: Literal["model", "bucket"] = "model"
-    guard: float | None = 10.0
-    optimizer: str = "sgd"
-    momentum: float = 0.9
     weight_decay: float = 1e-4
-    schedule: Literal["constant", "plateau"] = "constant"
-    augment: bool = False
     evaluate_every: int = 20
     engine: Literal["one process", "ddp"] = "one process"
 
     @property
     def key(self) -> str:
-        """A name for this declaration: the hash of all its fields."""
-        return hashlib.sha256(json.dumps(self.plain(), sort_keys=True).encode()).hexdigest()[:16]
+        """What tells this declaration from others: a new field with a default leaves it as it is."""
+        return json.dumps(plain(self), sort_keys=True)
 
-    @property
-    def name(self) -> str:
-        """A short name for progress bars."""
-        return f"{self.data} W={len(self.ranks)} {self.rule.name} seed {self.seed} ({self.engine})"
 
-    def plain(self) -> dict[str, Any]:
-        """The declaration as JSON can hold it."""
-        return asdict(self)
+def plain(declaration: Any) -> dict[str, Any]:
+    """Return what of a declaration is not a default, as JSON can hold it."""
+    values = {f.name: getattr(declaration, f.name) for f in fields(declaration)}
+    told = {f.name: values[f.name] for f in fields(declaration) if values[f.name] != f.default}
+    return {name: plain(value) if is_dataclass(value) else value for name, value in told.items()}
 
 
 @dataclass(frozen=True)

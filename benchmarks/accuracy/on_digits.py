@@ -11,12 +11,12 @@ REAL = ("averaging", "random members", "neighborhood", "sequential")
 
 
 def digits_run(world: int, batch: int, steps: int) -> Run:
-    """Averaging on digits, the base that experiments change."""
+    """Return averaging on digits, the base that experiments change."""
     return Run("digits", "mlp", tuple(range(world)), batch, steps, lr=0.05)
 
 
 def shift() -> list[Experiment]:
-    """A minority of ranks with the wrong label map."""
+    """Return a minority of ranks with the wrong label map."""
     settings = [(3, 26, (1,)), (4, 20, (0,)), (4, 20, (1,)), (4, 20, (3,)), (8, 10, (0, 3, 6))]
     return [
         Experiment(
@@ -37,7 +37,7 @@ def shift() -> list[Experiment]:
 
 
 def broken() -> list[Experiment]:
-    """One broken rank of eight, the first or the last."""
+    """Return one broken rank of eight, the first or the last."""
     few = ("averaging", "guard only", "default", "neighborhood", "momenta 0.7", "sequential", "oracle")
     broken = [
         Experiment(
@@ -69,7 +69,7 @@ def _repeated(fault: str) -> tuple[str, ...]:
 
 
 def uniform() -> list[Experiment]:
-    """The paper's case: everyone's labels are noisy alike."""
+    """Return the paper's case: everyone's labels are noisy alike."""
     return [
         Experiment(
             f"uniform w{world} {share:.0%}",
@@ -90,7 +90,7 @@ def uniform() -> list[Experiment]:
 
 
 def tau() -> list[Experiment]:
-    """One setting for each W, batch and tau; clean and noisy labels."""
+    """Return one setting for each W, batch and tau, with clean and with noisy labels."""
     return [
         Experiment(
             f"tau w{world} b{batch} {tau:g} {kind}",
@@ -111,7 +111,7 @@ def tau() -> list[Experiment]:
 
 
 def classes() -> list[Experiment]:
-    """Honest ranks that differ. The oracle lets every rank see every class."""
+    """Return honest ranks that differ; the oracle lets every rank see every class."""
     rest = tuple(range(8))
     pairs = tuple((2 * r, 2 * r + 1) for r in range(5))
     overlapping = tuple((*pairs[r], *pairs[(r + 1) % 5]) for r in range(5))

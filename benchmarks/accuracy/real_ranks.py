@@ -2,6 +2,7 @@
 # DDP checks the hook's annotations: no `from __future__ import annotations` here.
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,103 +13,75 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.accuracy.declare import Run
 from benchmarks.accuracy.faults import FAULTS
-from benchmarks.accuracy.rules import build_rule, vote_momentum
-from benchmarks.accuracy.task import Task
-from benchmarks.accuracy.training import build_network, build_optimizer
+from benchmarks.accuracy.rules import settings_of
+from benchmarks.accuracy.task import Task, build_task
+from benchmarks.accuracy.training import Record, build_network, build_optimizer, train
 from gaf_ddp import GAFState, gaf_hook, skip_on_disagreement
 from gaf_ddp.collectives import all_gather_single
-from launch.batches import augment
+
+
+def train_rank(device: torch.device, run: Run, folder: Path | None, counts: Sequence[int]) -> Record:
+    """Train this rank's part of a run; return the run's record, which every rank has."""
+    task = build_task(run, folder)
+    rank = RealRank(run, task, counts)
+    return train(run, task, rank.model, rank.step)
 
 
 class RealRank:
     """The part of a run that is this process's; the process group is the run's ranks, in their order."""
 
-    def __init__(self, run: Run, task: Task, device: torch.device, counts: Sequence[int] = ()) -> None:
-        self._run, self._task, self._device = run, task, device
-        self._member = dist.get_rank()
-        self.model = build_network(run, task).to(device)
-        self.optimizer = build_optimizer(run, self.model)
+    def __init__(self, run: Run, task: Task, counts: Sequence[int]) -> None:
+        self._task, self.fault = task, run.fault
+        self.model = build_network(run, task)
+        self._optimizer = build_optimizer(run, self.model)
         self._ddp = DistributedDataParallel(self.model)
-        self._random = torch.Generator().manual_seed(run.seed)
-        self._state = self._attach(counts)
+        settings = settings_of(run, counts)
+        self.state = None if settings is None else GAFState(scope="model", **settings)
+        if self.state is not None:
+            skip_on_disagreement(self._optimizer, self.state)
+        if run.fault is not None and run.fault.rank in run.ranks:
+            self.bad = run.ranks.index(run.fault.rank)
+            self.memory: dict[str, Tensor] = {}
+            self.random = torch.Generator().manual_seed(run.seed)
+            self._ddp.register_comm_hook(self, _broken_hook)
+        elif self.state is not None:
+            self._ddp.register_comm_hook(self.state, gaf_hook)
 
     def step(self, index: int) -> Tensor | None:
-        """Train one step; return which ranks were kept, `(W,)` or `(decisions, W)`; None without a filter."""
-        images, labels = self._task.batch(self._member, index)
-        if self._run.augment:
-            images = augment(images, self._random)
-        self.optimizer.zero_grad()
-        cross_entropy(self._ddp(images.to(self._device)), labels.to(self._device)).backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        return None if self._state is None or self._state.agreement is None else self._state.agreement.kept
-
-    def share(self, value: float) -> float:
-        """The first rank's value, on every rank."""
-        box = [value]
-        dist.broadcast_object_list(box)
-        return box[0]
-
-    def _attach(self, counts: Sequence[int]) -> GAFState | None:
-        """Register the run's rule, with the fault before it if there is one."""
-        rule = build_rule(self._run, counts)
-        if getattr(rule, "remembers", False):
-            raise ValueError(f"engine must be 'one process' for rule {self._run.rule.name!r}, found 'ddp'")
-        state = None
-        if rule is not None:
-            state = GAFState(
-                weighting=rule,
-                scope=self._run.scope,
-                max_norm_ratio=self._run.guard,
-                vote_momentum=vote_momentum(self._run.rule),
-            )
-            skip_on_disagreement(self.optimizer, state)
-        fault = self._run.fault
-        if fault is not None and fault.rank in self._run.ranks:
-            self._ddp.register_comm_hook(_Broken(self._run, self.model, state), _broken_hook)
-        elif state is not None:
-            self._ddp.register_comm_hook(state, gaf_hook)
-        return state
-
-
-class _Broken:
-    """What the wrapper hook needs: the fault, its memory, and the state of the hook below it (None: averaging)."""
-
-    def __init__(self, run: Run, model: nn.Module, state: GAFState | None) -> None:
-        assert run.fault is not None
-        assert dist.group.WORLD is not None
-        self.group = dist.group.WORLD
-        self.state = state
-        self.place = {id(parameter): i for i, parameter in enumerate(model.parameters())}
-        self.bad = run.ranks.index(run.fault.rank)
-        self.fault = FAULTS[run.fault.kind]
-        self.memory: dict[str, Tensor] = {}
-        self.random = torch.Generator().manual_seed(run.seed)
+        """Train one step; return which ranks were kept, `(W,)`, None without a filter."""
+        images, labels = self._task.batch(dist.get_rank(), index)
+        self._optimizer.zero_grad()
+        cross_entropy(self._ddp(images), labels).backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        return None if self.state is None or self.state.agreement is None else self.state.agreement.kept
 
 
 def _broken_hook(
-    broken: _Broken,
+    rank: RealRank,
     bucket: dist.GradBucket,  # type: ignore[name-defined]
 ) -> torch.futures.Future[torch.Tensor]:
     """Show the bad rank everyone's bucket, let it put its fault in its own, then go on as without it."""
-    gradients = _in_order(broken, bucket)
+    gradients = _in_order(rank.model, bucket)
     own = torch.cat([gradient.flatten() for gradient in gradients])
     rows = own.new_empty(dist.get_world_size(), own.numel())
     all_gather_single(rows.view(-1), own)
-    if dist.get_rank() == broken.bad:
-        honest = rows[torch.arange(len(rows)) != broken.bad]
-        sent = broken.fault(honest, own, broken.memory, broken.random)
+    if dist.get_rank() == rank.bad:
+        assert rank.fault is not None
+        honest = rows[torch.arange(len(rows)) != rank.bad]
+        sent = FAULTS[rank.fault.kind](honest, own, rank.memory, rank.random)
         for gradient, part in zip(gradients, torch.split(sent, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
-    if broken.state is None:
-        future: torch.futures.Future[torch.Tensor] = allreduce_hook(broken.group, bucket)
-        return future
-    return gaf_hook(broken.state, bucket)
+    if rank.state is not None:
+        return gaf_hook(rank.state, bucket)
+    assert dist.group.WORLD is not None
+    future: torch.futures.Future[torch.Tensor] = allreduce_hook(dist.group.WORLD, bucket)
+    return future
 
 
 def _in_order(
-    broken: _Broken,
+    model: nn.Module,
     bucket: dist.GradBucket,  # type: ignore[name-defined]
 ) -> list[Tensor]:
-    """The bucket's gradients in the model's order: DDP changes its own after the first step."""
-    pairs = zip(bucket.parameters(), bucket.gradients(), strict=True)
-    return [gradient for _, gradient in sorted(pairs, key=lambda pair: broken.place[id(pair[0])])]
+    """Return the bucket's gradients in the model's order: DDP changes its own after the first step."""
+    gradients = {id(p): g for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True)}
+    return [gradients[id(p)] for p in model.parameters() if id(p) in gradients]

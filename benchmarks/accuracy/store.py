@@ -1,12 +1,10 @@
-"""Finished runs, one JSON line each, found again by the hash of their declaration."""
+"""Finished runs, one JSON line each, found again by their declaration."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
-from benchmarks.accuracy.declare import Run
+from benchmarks.accuracy.declare import Run, plain
 from benchmarks.accuracy.training import Record
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"  # a count of kept ranks is one of these
@@ -18,12 +16,14 @@ class Store:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._records: dict[str, Record] = {}
-        for line in path.read_text().splitlines() if path.is_file() else []:
+        text = path.read_text() if path.is_file() else ""
+        self._torn = text != "" and not text.endswith("\n")
+        for line in text.splitlines():
             try:
                 entry = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            self._records[entry["key"]] = entry["record"]
+            self._records[json.dumps(entry["run"], sort_keys=True)] = entry["record"]
 
     def __contains__(self, run: Run) -> bool:
         return run.key in self._records
@@ -34,25 +34,14 @@ class Store:
     def add(self, run: Run, record: Record) -> None:
         """Keep a finished run, at once."""
         counts = "" if run.rule.like else "".join(DIGITS[count] for count in record["counts"])
-        kept = {name: round(v, 4) if isinstance(v, float) else v for name, v in record.items()} | {
-            "counts": counts
-        }
-        self._records[run.key] = kept
+        numbers = {name: round(v, 4) if isinstance(v, float) else v for name, v in record.items()}
+        self._records[run.key] = numbers | {"counts": counts}
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a+b") as file:
-            if self._torn(file):
-                file.write(b"\n")
-            line = {"key": run.key, "run": run.plain(), "record": kept}
-            file.write(json.dumps(line).encode() + b"\n")
+        line = json.dumps({"run": plain(run), "record": self._records[run.key]})
+        with self._path.open("a") as file:
+            file.write("\n" * self._torn + line + "\n")
+        self._torn = False
 
     def counts(self, run: Run) -> Sequence[int]:
-        """How many ranks a finished run kept at each decision."""
-        return [DIGITS.index(digit) for digit in self._records[run.key]["counts"]]
-
-    @staticmethod
-    def _torn(file: BinaryIO) -> bool:
-        """Whether an interruption left the last line without its end."""
-        if file.seek(0, os.SEEK_END) == 0:
-            return False
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) != b"\n"
+        """Return how many ranks a finished run kept at each decision."""
+        return [int(digit, 36) for digit in self._records[run.key]["counts"]]

@@ -1,13 +1,12 @@
 """From records to numbers: the mean and spread of an arm over its seeds."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import mean, stdev
 
 from benchmarks.accuracy.arms import ARMS, Kind, real_runs_of, runs_of, title_of
 from benchmarks.accuracy.declare import Experiment, Run
 from benchmarks.accuracy.store import Store
-from benchmarks.accuracy.training import Record
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,7 @@ class Number:
     count: int
 
     def __str__(self) -> str:
-        """Mean ± std."""
+        """Return mean ± std."""
         return f"{self.mean:.1f} ± {self.std:.1f}" if self.count > 1 else f"{self.mean:.1f}"
 
 
@@ -30,7 +29,6 @@ class Row:
     real: final accuracy on real DDP ranks, None where that was not trained.
     """
 
-    arm: str
     title: str
     kind: Kind
     final: Number
@@ -40,73 +38,43 @@ class Row:
     kept: Number
     skipped: Number
     real: Number | None
-    finals: tuple[float, ...]
-    curve: tuple[float, ...]
 
 
-def rows_of(experiment: Experiment, store: Store) -> list[Row]:
-    """The rows of an experiment's table: the arms whose runs are all there, in order."""
-    rows = []
-    for arm in experiment.arms:
-        runs = [run for run in runs_of(experiment, arm) if run in store]
-        if runs and len(runs) == len(runs_of(experiment, arm)):
-            rows.append(_row(experiment, arm, runs, store))
-    return rows
+Table = dict[str, Row]  # by the arm's name
+Tables = list[tuple[Experiment, Table]]
+
+
+def tables_of(experiments: Sequence[Experiment], store: Store) -> Tables:
+    """Return the experiments that have finished runs, each with the arms whose runs are all there, in order."""
+    found = []
+    for e in experiments:
+        runs = {arm: runs_of(e, arm) for arm in e.arms}
+        finished = {arm: _row(e, arm, runs[arm], store) for arm in e.arms if _all_there(runs[arm], store)}
+        if finished:
+            found.append((e, finished))
+    return found
+
+
+def _all_there(runs: Sequence[Run], store: Store) -> bool:
+    return bool(runs) and all(run in store for run in runs)
 
 
 def _row(experiment: Experiment, arm: str, runs: Sequence[Run], store: Store) -> Row:
     title = title_of(experiment, arm)
     if len({run.lr for run in runs}) > 1:
-        best = max({run.lr for run in runs}, key=lambda lr: _final([r for r in runs if r.lr == lr], store))
+        best = max({run.lr for run in runs}, key=lambda lr: mean(store[r]["final"] for r in runs if r.lr == lr))
         runs = [run for run in runs if run.lr == best]
         title += f" ({best:g})"
     records = [store[run] for run in runs]
     real = [store[run]["final"] for run in real_runs_of(experiment, arm) if run in store]
     return Row(
-        arm,
         title,
         ARMS[arm].kind,
-        **{name: number([r[name] for r in records]) for name in ("final", "best", "stopped", "few")},
-        **{name: number([100 * r[name] for r in records]) for name in ("kept", "skipped")},
-        real=number(real) if real else None,
-        finals=tuple(record["final"] for record in records),
-        curve=_mean_curve(records),
+        **{name: _number([r[name] for r in records]) for name in ("final", "best", "stopped", "few")},
+        **{name: _number([100 * r[name] for r in records]) for name in ("kept", "skipped")},
+        real=_number(real) if real else None,
     )
 
 
-def number(values: Sequence[float]) -> Number:
-    """Mean and standard deviation."""
+def _number(values: Sequence[float]) -> Number:
     return Number(mean(values), stdev(values) if len(values) > 1 else 0.0, len(values))
-
-
-def difference(row: Row, other: Row) -> tuple[float, float]:
-    """Final accuracy of row minus other's, seed by seed: the mean and its standard error."""
-    gaps = number([a - b for a, b in zip(row.finals, other.finals, strict=True)])
-    return gaps.mean, gaps.std / gaps.count**0.5
-
-
-def seconds_of(experiment: Experiment, store: Store, engine: str) -> float:
-    """How long an experiment's runs took, one after the other."""
-    runs = [run for arm in experiment.arms for run in (*runs_of(experiment, arm), *real_runs_of(experiment, arm))]
-    unique = {run.key: run for run in runs if run.engine == engine and run in store}
-    return float(sum(store[run]["seconds"] for run in unique.values()))
-
-
-def engines_apart(experiments: Sequence[Experiment], store: Store) -> list[float]:
-    """How far apart the final accuracies are, of every run that was made both ways."""
-    pairs = {
-        run.key: (run, replace(run, engine="one process"))
-        for e in experiments
-        for arm in e.arms
-        for run in real_runs_of(e, arm)
-    }
-    made = [(real, alone) for real, alone in pairs.values() if real in store and alone in store]
-    return [abs(store[real]["final"] - store[alone]["final"]) for real, alone in made]
-
-
-def _final(runs: Sequence[Run], store: Store) -> float:
-    return float(mean(store[run]["final"] for run in runs))
-
-
-def _mean_curve(records: Sequence[Record]) -> tuple[float, ...]:
-    return tuple(mean(values) for values in zip(*(record["curve"] for record in records), strict=True))

@@ -31,13 +31,13 @@ class Task:
     classes: int
 
     def batch(self, member: int, step: int) -> tuple[Tensor, Tensor]:
-        """Images and labels that one member sees at one step."""
+        """Return images and labels that one member sees at one step."""
         chosen = self.draws[member][step]
         return self.images[chosen], self.labels[member][chosen]
 
 
 def build_task(run: Run, folder: Path | None) -> Task:
-    """The data of a run, a pure function of its declaration and the folder's contents."""
+    """Return the data of a run, a pure function of its declaration and the folder's contents."""
     source = read_images(run.data, folder)
     order = torch.randperm(len(source.labels), generator=torch.Generator().manual_seed(run.seed))
     count = round(VALIDATION * len(order))
@@ -57,7 +57,7 @@ def build_task(run: Run, folder: Path | None) -> Task:
 
 
 def _labels(source: Images, wrong: Labels, rank: int, seed: int) -> Tensor:
-    """All training labels as this rank sees them."""
+    """Return all training labels as this rank sees them."""
     if wrong.kind in ("clean", "own classes") or (wrong.ranks and rank not in wrong.ranks):
         return source.labels
     if wrong.kind == "shift":
@@ -70,7 +70,7 @@ def _labels(source: Images, wrong: Labels, rank: int, seed: int) -> Tensor:
 
 
 def _draws(run: Run, rank: int, kept: Tensor, labels: Tensor) -> Tensor:
-    """Indices (steps, batch), drawn with replacement from what this rank may see."""
+    """Return indices (steps, batch), drawn with replacement from what this rank may see."""
     if run.labels.kind == "own classes":
         kept = kept[torch.isin(labels[kept], torch.tensor(run.labels.classes[rank]))]
     random = torch.Generator().manual_seed(1_000_003 * run.seed + rank)

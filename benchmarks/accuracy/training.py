@@ -1,70 +1,50 @@
 """One training run from start to record, whatever computes the ranks."""
 
 import time
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim import SGD, Optimizer
 
 from benchmarks.accuracy.declare import Run
 from benchmarks.accuracy.task import Task
 from launch.models import build_model
 
 Record = dict[str, Any]
+MOMENTUM = 0.9
 EVALUATION_BATCH = 500
 
 
-class Ranks(Protocol):
-    """The ranks of a run: they hold a model, and make a step of training together."""
-
-    model: nn.Module
-    optimizer: Optimizer
-
-    def step(self, index: int) -> Tensor | None:
-        """Train one step; return which ranks were kept, `(W,)` or `(decisions, W)`; None without a filter."""
-        ...
-
-    def share(self, value: float) -> float:
-        """The first rank's value, on every rank."""
-        ...
-
-
 def build_network(run: Run, task: Task) -> nn.Module:
-    """The run's network, initialised from its seed."""
+    """Return the run's network, initialised from its seed."""
     torch.manual_seed(run.seed)
     channels, height, width = task.images.shape[1:]
     return build_model(run.model, (channels, height, width), task.classes)
 
 
 def build_optimizer(run: Run, model: nn.Module) -> Optimizer:
-    """The run's optimizer; SGD is Nesterov's where it has momentum."""
-    if run.optimizer == "adamw":
-        return AdamW(model.parameters(), run.lr, weight_decay=run.weight_decay)
-    nesterov = run.momentum > 0
-    return SGD(model.parameters(), run.lr, run.momentum, weight_decay=run.weight_decay, nesterov=nesterov)
+    """Return the run's optimizer."""
+    return SGD(model.parameters(), run.lr, MOMENTUM, weight_decay=run.weight_decay, nesterov=True)
 
 
-def train(run: Run, task: Task, ranks: Ranks) -> Record:
-    """Train and evaluate; return what the tables need.
+def train(run: Run, task: Task, model: nn.Module, step: Callable[[int], Tensor | None]) -> Record:
+    """Train and evaluate a model; return what the tables need.
 
+    step: trains one, and returns which ranks were kept, `(W,)` or `(decisions, W)`, None without a filter.
     A model that is not finite any more is given up: it keeps its last accuracy for the steps that are left.
     """
     begun = time.monotonic()
-    schedule = ReduceLROnPlateau(ranks.optimizer, mode="max", patience=5) if run.schedule == "plateau" else None
     kept: list[Tensor] = []  # (decisions, W) each
     curve: list[tuple[float, float, float]] = []  # validation, test, test on the classes seen by few
     for index in range(run.steps):
-        decision = ranks.step(index)
+        decision = step(index)
         if decision is not None:
-            kept.append(decision.reshape(-1, decision.shape[-1]).float().cpu())
+            kept.append(decision.reshape(-1, decision.shape[-1]).float())
         if (index + 1) % run.evaluate_every == 0:
-            curve.append(_evaluate(ranks.model, task))
-            if schedule is not None:
-                schedule.step(ranks.share(curve[-1][0]))
-            if not all(bool(p.isfinite().all()) for p in ranks.model.parameters()):
+            curve.append(_evaluate(model, task))
+            if not all(bool(p.isfinite().all()) for p in model.parameters()):
                 curve += [curve[-1]] * (run.steps // run.evaluate_every - len(curve))
                 break
     return {**_accuracies(curve), **_shares(kept), "seconds": round(time.monotonic() - begun, 2)}
@@ -82,8 +62,8 @@ def _accuracies(curve: Sequence[tuple[float, float, float]]) -> Record:
 
 
 def _shares(kept: Sequence[Tensor]) -> Record:
-    """Shares of ranks kept and decisions skipped; counts: ranks kept at each decision. No filter keeps all."""
-    if not kept:
+    """Return the shares of ranks kept and decisions skipped, and how many ranks were kept at each decision."""
+    if not kept:  # without a filter everyone is
         return {"kept": 1.0, "skipped": 0.0, "kept_by_rank": [], "counts": []}
     table = torch.cat(list(kept))
     return {
@@ -97,17 +77,15 @@ def _shares(kept: Sequence[Tensor]) -> Record:
 @torch.no_grad()
 def _evaluate(model: nn.Module, task: Task) -> tuple[float, float, float]:
     model.eval()
-    right = _right(model, *task.test)
-    validation = _right(model, *task.validation)
+    validation, test = _right(model, *task.validation), _right(model, *task.test)
     model.train()
-    return 100 * _mean(validation), 100 * _mean(right), 100 * _mean(right[task.few])
+    return _percent(validation), _percent(test), _percent(test[task.few])
 
 
 def _right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    device = next(model.parameters()).device
-    guesses = [model(chunk.to(device)).argmax(1).cpu() for chunk in torch.split(images, EVALUATION_BATCH)]
-    return torch.cat(guesses) == labels
+    answers = [model(chunk).argmax(1) for chunk in torch.split(images, EVALUATION_BATCH)]
+    return torch.cat(answers) == labels
 
 
-def _mean(right: Tensor) -> float:
-    return float(right.float().mean())
+def _percent(right: Tensor) -> float:
+    return 100 * float(right.float().mean())

@@ -1,26 +1,32 @@
 """The accuracy benchmark as a whole: a short form runs, resumes, and both engines compute the same."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.accuracy.__main__ import main
 from benchmarks.accuracy.arms import ARMS
 from benchmarks.accuracy.declare import Fault, Rule, Run
 from benchmarks.accuracy.experiments import EXPERIMENTS
-from benchmarks.accuracy.gang import Gang, RankError
 from benchmarks.accuracy.one_process import OneProcess
+from benchmarks.accuracy.real_ranks import train_rank
 from benchmarks.accuracy.task import build_task
 from benchmarks.accuracy.training import Record, train
 
 SHORT = Run("digits", "mlp", (0, 1, 2), 16, steps=30, lr=0.05, evaluate_every=10)
 
+Case = tuple[Run, tuple[int, ...]]  # and how many ranks the run that it repeats kept
+
 
 def alone(run: Run, counts: tuple[int, ...] = ()) -> Record:
     task = build_task(run, None)
-    return train(run, task, OneProcess(run, task, counts))
+    ranks = OneProcess(run, task, counts)
+    return train(run, task, ranks.model, ranks.step)
 
 
 def test_quick_writes_table_and_picture_and_resumes(tmp_path: Path) -> None:
@@ -35,13 +41,18 @@ def test_quick_writes_table_and_picture_and_resumes(tmp_path: Path) -> None:
 
     main(command)  # nothing is left to do
     assert (tmp_path / "accuracy_runs.jsonl").read_text() == lines
-    assert {json.loads(line)["run"]["engine"] for line in lines.splitlines()} == {"one process", "ddp"}
+    engines = {json.loads(line)["run"].get("engine", "one process") for line in lines.splitlines()}
+    assert engines == {"one process", "ddp"}
 
 
-def test_real_ranks_compute_what_one_process_does() -> None:
+def train_all(device: torch.device, cases: list[Case]) -> list[Record]:
+    return [train_rank(device, run, None, counts) for run, counts in cases]
+
+
+def test_real_ranks_compute_what_one_process_does(gloo_ranks: Callable[..., list[Any]]) -> None:
     shifted = replace(EXPERIMENTS["shift w3 bad 1"].base, steps=30, evaluate_every=10)
     counts = (3, 0, 2) * 10
-    cases = [
+    cases: list[Case] = [
         (shifted, ()),
         (replace(shifted, rule=Rule("neighborhood", 0.9)), ()),
         (replace(shifted, rule=Rule("random members", like=Rule("neighborhood", 0.9))), counts),
@@ -49,16 +60,10 @@ def test_real_ranks_compute_what_one_process_does() -> None:
         (replace(SHORT, fault=Fault("a little is enough", 0), rule=Rule("upgrad")), ()),
         (replace(SHORT, fault=Fault("stuck at its first", 2), rule=Rule("sequential", 0.9)), ()),
     ]
-    with Gang(3, None, timeout=120) as gang:
-        for run, replayed in cases:
-            real, single = gang.train(replace(run, engine="ddp"), replayed), alone(run, replayed)
-            assert real["counts"] == single["counts"], run
-            assert real["curve"] == pytest.approx(single["curve"], abs=1.0), run
-
-
-def test_an_error_on_a_rank_ends_the_gang_with_its_traceback() -> None:
-    with Gang(2, None, timeout=60) as gang, pytest.raises(RankError, match="KeyError: 'nonsense'"):
-        gang.train(replace(SHORT, ranks=(0, 1), fault=Fault("nonsense", 0), engine="ddp"))
+    for (run, replayed), real in zip(cases, gloo_ranks(3, train_all, cases)[0], strict=True):
+        single = alone(run, replayed)
+        assert real["counts"] == single["counts"], run
+        assert real["curve"] == pytest.approx(single["curve"], abs=1.0), run
 
 
 def test_the_same_declaration_gives_the_same_record() -> None:

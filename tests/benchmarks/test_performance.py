@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ import benchmarks
 ROOT = Path(benchmarks.__file__).parent.parent
 
 
-def run(module: str, output: Path, *arguments: str, ranks: int | None = 2) -> dict:
+def run(module: str, output: Path, *arguments: str, ranks: int | None = 2) -> Any:
     """Run a benchmark with --quick, under torchrun unless ranks is None; return its JSON."""
     launcher = (
         [] if ranks is None else ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
