@@ -145,10 +145,20 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def write_json(path: Path | None, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Write the facts and rows on rank 0, if a path is given."""
-    if path is not None and (not dist.is_initialized() or dist.get_rank() == 0):
-        path.write_text(json.dumps({"hardware": facts, "rows": rows}, indent=1) + "\n")
+def write_json(path: Path | None, facts: dict[str, Any], rows: list[dict[str, Any]], append: bool = False) -> None:
+    """Write the facts and rows on rank 0, if a path is given; or append them to the runs that it holds."""
+    if path is None or (dist.is_initialized() and dist.get_rank() != 0):
+        return
+    result: Any = {"hardware": facts, "rows": rows}
+    if append:
+        result = [*(read_runs(path) if path.exists() else []), result]
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def read_runs(path: Path) -> list[dict[str, Any]]:
+    """Return the runs that a file of `write_json` holds: one, or a list of them."""
+    runs = json.loads(path.read_text())
+    return runs if isinstance(runs, list) else [runs]
 
 
 def end_ranks() -> None:

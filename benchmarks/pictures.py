@@ -1,17 +1,19 @@
-"""Draw what the benchmarks wrote into a folder: python -m benchmarks.pictures [FOLDER].
+"""Draw what the benchmarks wrote into a folder.
+
+    python -m benchmarks.pictures FOLDER
 
 `collectives*.json` become collectives.png, `step_time*.json` step_time.png, and `batch*.json`, of `step_time` too,
-batch.png. Times are ratios within one run; several runs of one setting are all drawn.
+batch.png. A file holds one run or a list of them. Times are ratios within one run; several runs of one setting are
+all drawn.
 """
 
-import json
 from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from benchmarks.command_line import described
-from benchmarks.measure import machine
+from benchmarks.measure import machine, read_runs
 
 HERE = Path(__file__).parent / "results"
 COLOURS = {"gaf_sharded": "#0072B2", "gaf_gather": "#D55E00"}
@@ -21,7 +23,7 @@ MARKERS = "osD^v"
 
 def read(folder: Path, name: str) -> list[dict[str, Any]]:
     """Return the results of one benchmark, by world size and link."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}*.json"))]
+    found = [result for path in sorted(folder.glob(f"{name}*.json")) for result in read_runs(path)]
     return sorted(found, key=lambda result: (_link(result), result["hardware"]["world_size"]))
 
 
@@ -31,7 +33,7 @@ def label(result: dict[str, Any]) -> str:
 
 
 def draw_collectives(results: list[dict[str, Any]], path: Path) -> None:
-    """Time of the exchanges relative to an all-reduce, over the bucket's bytes."""
+    """Draw the time of the exchanges relative to an all-reduce, over the bucket's bytes."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(1, len(results), figsize=(4.5 * len(results), 3.6), sharey=True, squeeze=False)
     for axis, result in zip(axes[0], results, strict=True):
@@ -55,7 +57,7 @@ def draw_collectives(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def draw_step_time(results: list[dict[str, Any]], path: Path) -> None:
-    """Backward with each hook relative to plain DDP, one marker per number of ranks and link."""
+    """Draw backward with each hook relative to plain DDP, one marker per number of ranks and link."""
     pyplot = _pyplot()
     hooks = list(dict.fromkeys(row["hook"] for result in results for row in result["rows"]))
     figure, axis = pyplot.subplots(figsize=(8, 0.8 + 0.33 * len(hooks)))
@@ -79,7 +81,7 @@ def draw_step_time(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def draw_batches(results: list[dict[str, Any]], path: Path) -> None:
-    """Backward in both scopes relative to plain DDP, over each rank's batch: all runs, a line by their medians."""
+    """Draw backward in both scopes relative to plain DDP, over the batch: all runs, a line by their medians."""
     figure, axis = _pyplot().subplots(figsize=(6, 3.6))
     worlds = sorted({result["hardware"]["world_size"] for result in results})
     for (hook, colour), (i, world) in product(SCOPES.items(), enumerate(worlds)):

@@ -135,6 +135,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("-n", "--repeats", type=positive, default=15)
     parser.add_argument("--interface", help="whose counters to read, e.g. eth0")
     parser.add_argument("--json", type=new_file, help="write the rows here")
+    parser.add_argument("--append", action="store_true", help="add the run to the list in that file")
     parser.add_argument("--quick", action="store_true", help="a small transformer, four hooks, 3 repeats, instead")
     given = parser.parse_args()
     sent_bytes(given.interface)  # refuses one that is not there
@@ -175,7 +176,7 @@ def main() -> None:
         for name in chosen
     ]
     say(table(rows))
-    write_json(given.json, facts, rows)
+    write_json(given.json, facts, rows, given.append)
     end_ranks()
 
 

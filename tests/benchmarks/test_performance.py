@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import benchmarks
+from benchmarks.measure import read_runs, write_json
 
 ROOT = Path(benchmarks.__file__).parent.parent
 
@@ -40,6 +41,14 @@ def test_step_time(tmp_path: Path) -> None:
     assert rows["gaf-bucket-sharded"]["backward_ms"] > 0
 
 
+def test_runs_are_appended_to_those_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    write_json(path, {"W": 1}, [])
+    write_json(path, {"W": 2}, [], append=True)
+    write_json(path, {"W": 3}, [], append=True)
+    assert [result["hardware"]["W"] for result in read_runs(path)] == [1, 2, 3]
+
+
 def test_step_time_rejects_an_unknown_hook(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m"]
     command += ["benchmarks.step_time", "--model", "transformer", "--hooks", "nonsense"]
@@ -68,7 +77,7 @@ def test_scaling(tmp_path: Path) -> None:
 
 def test_pictures_of_the_committed_results(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    for path in (ROOT / "benchmarks" / "results").glob("*_gloo_*.json"):
+    for path in (ROOT / "benchmarks" / "results").glob("*_gloo*.json"):
         (tmp_path / path.name).write_text(path.read_text())
     command = [sys.executable, "-m", "benchmarks.pictures", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, timeout=100)
