@@ -1,6 +1,7 @@
 """Which examples a rank sees at which step: a pure function of (seed, rank, step), so that a job can resume."""
 
 import hashlib
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -50,12 +51,18 @@ def batches(
         pin_memory=pinned,
         # Else every loader draws from the generator that initialises models.
         generator=torch.Generator(),
+        worker_init_fn=_outlive_sigterm,
     )
     return iter(loader)
 
 
 def _as_read(batch: Any) -> Any:
     return batch
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """Let a rank that is sent SIGTERM with all its workers finish its step; they end when it does."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def augment(images: Tensor, random: torch.Generator) -> Tensor:

@@ -1,7 +1,10 @@
-"""A job on disk: written whole or not at all, read by rank 0 and handed to the others."""
+"""A job on disk: written by rank 0, with the one before it kept, and handed to the others by rank 0."""
 
+import hashlib
+import io
 import os
 import pickle
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +12,15 @@ from typing import Any
 import torch
 
 from launch.errors import SettingsError
-from launch.ranks import Here, from_first, together
+from launch.folder import write_whole
+from launch.messages import from_first
+from launch.ranks import Here, together
 from launch.records import Record
 from launch.settings import Plan, differences
+
+_DIGEST = hashlib.sha256
+_RULE = "--out must hold a checkpoint of launch.train"
+_VERSION = 1  # of what `save` writes
 
 
 @dataclass(frozen=True)
@@ -28,29 +37,27 @@ START = Progress(run=0, step=0, trainer=None, records=[])
 
 
 def save(plan: Plan, progress: Progress) -> None:
-    """Write the checkpoint beside its place, then move it there: a job killed meanwhile keeps the one before."""
+    """Write the checkpoint, with its digest behind it, and keep the one before."""
     content = {
+        "version": _VERSION,
         "settings": plan.as_plain(),
         "run": progress.run,
         "step": progress.step,
         "trainer": progress.trainer,
         "records": [asdict(record) for record in progress.records],
     }
-    path = checkpoint_path(plan.out)
-    unfinished = path.with_suffix(".tmp")
-    with unfinished.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    file = io.BytesIO()
+    torch.save(content, file)
+    newest, previous = checkpoint_paths(plan.out)
+    write_whole(newest, file.getvalue() + _DIGEST(file.getbuffer()).digest(), previous)
 
 
 def restore(plan: Plan, here: Here) -> Progress:
-    """The saved job on every rank, or `START` if rank 0 finds none (or was not asked to look).
+    """Return the saved job on every rank, or `START` if rank 0 finds none.
 
     Rank 0 alone reads, so the folder need not be shared between nodes, as long as rank 0 stays where it was.
     """
-    content = from_first(together(lambda: _read(plan) if here.first and plan.resume else None))
+    content = from_first(together(lambda: _read(plan) if here.first else None))
     if content is None:
         return START
     records = [Record(**record) for record in content["records"]]
@@ -58,19 +65,45 @@ def restore(plan: Plan, here: Here) -> Progress:
 
 
 def _read(plan: Plan) -> dict[str, Any] | None:
-    path = checkpoint_path(plan.out)
-    if not path.exists():
+    """Return the newest whole checkpoint, or None if there is none at all."""
+    newest, previous = checkpoint_paths(plan.out)
+    found = [path for path in (newest, previous) if path.exists()]
+    if not found:
         return None
+    if not plan.resume:
+        raise SettingsError(f"--out must be a new folder, or be given with --resume; found a job in {plan.out}")
+    whole = next((path for path in found if _is_whole(path)), None)
+    if whole is None:
+        raise SettingsError(f"{_RULE}, found {' and '.join(map(str, found))} damaged or of another kind")
+    if whole != found[0]:
+        # Out of the way, or the next save would keep it as the one before.
+        os.replace(newest, newest.with_suffix(".damaged"))
+        print(f"launch.train: {newest} is damaged; using {previous}", file=sys.stderr, flush=True)
+    return _loaded(whole, plan)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        content = memoryview(path.read_bytes())
+    except OSError:
+        return False
+    end = max(0, len(content) - _DIGEST().digest_size)
+    return _DIGEST(content[:end]).digest() == content[end:]
+
+
+def _loaded(path: Path, plan: Plan) -> dict[str, Any]:
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        changed = differences(content["settings"], plan)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
-        raise SettingsError(f"--out must hold a checkpoint of launch.train, found {path} ({error})") from error
+        version, changed = content["version"], differences(content["settings"], plan)
+    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError) as error:
+        raise SettingsError(f"{_RULE}, found {path} ({type(error).__name__})") from error
+    if version != _VERSION:
+        raise SettingsError(f"{_RULE} in version {_VERSION}, found {path} in version {version}")
     if changed:
         raise SettingsError(f"--resume must keep the settings of {path}, found others: {', '.join(changed)}")
     return content
 
 
-def checkpoint_path(out: Path) -> Path:
-    """Where the folder's one checkpoint is."""
-    return out / "checkpoint.pt"
+def checkpoint_paths(out: Path) -> tuple[Path, Path]:
+    """Return where the newest checkpoint is, and the one before."""
+    return out / "checkpoint.pt", out / "checkpoint.previous.pt"

@@ -1,5 +1,9 @@
-"""The one exception a user can cause: a setting or a file that cannot be used as it is."""
+"""What can end a job in good order: something the user can mend, found on one rank or on all."""
 
 
 class SettingsError(ValueError):
     """Names the setting, the rule it breaks and the value found; shown without a traceback."""
+
+
+class LaunchError(Exception):
+    """What went wrong, raised on every rank at once; the cause is set on the ranks where it went wrong."""

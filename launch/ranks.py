@@ -4,27 +4,21 @@ Control messages travel over gloo, gradients over NCCL where every rank has a GP
 chose different devices can still tell each other.
 """
 
-import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from gaf_ddp.collectives import all_gather_text
-from launch.errors import SettingsError
+from launch.errors import LaunchError, SettingsError
+from launch.messages import gathered
 
 T = TypeVar("T")
-
-
-class LaunchError(Exception):
-    """What went wrong, raised on every rank at once; the cause is set on the ranks where it went wrong."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +49,7 @@ def connected() -> Iterator[None]:
         yield
     except BaseException:
         traceback.print_exc()
-        sys.stderr.flush()
+        print(f"launch.train: error: rank {os.environ['RANK']} failed, as above", file=sys.stderr, flush=True)
         os._exit(1)
     dist.barrier()
     dist.destroy_process_group()
@@ -113,36 +107,3 @@ def _joined(problems: list[str | None]) -> str:
     if len(ranks) == 1 and None not in problems:
         return next(iter(ranks))
     return "\n".join(f"on rank {', '.join(map(str, where))}: {problem}" for problem, where in ranks.items())
-
-
-def require_same(values: Mapping[str, str]) -> None:
-    """Raise `LaunchError` on every rank, with two ranks' values, if a named value is not the same on all."""
-    everyone, unlike = gathered(dict(values)), []
-    for name in dict.fromkeys(name for each in everyone for name in each):
-        found = [each.get(name, "none") for each in everyone]
-        rank = next((rank for rank, other in enumerate(found) if other != found[0]), None)
-        if rank is not None:
-            two = f"{found[0]} on rank 0 and {found[rank]} on rank {rank}"
-            unlike.append(f"{name} must be the same on every rank, found {two}")
-    if unlike:
-        raise LaunchError("; ".join(unlike))
-
-
-def gathered(value: T) -> list[T]:
-    """Return every rank's value, in rank order. It travels as JSON: what another rank sends is never unpickled."""
-    world = cast(dist.ProcessGroup, dist.group.WORLD)
-    return [json.loads(text) for text in all_gather_text(json.dumps(value), world, torch.device("cpu"))]
-
-
-def from_first(value: T) -> T:
-    """Return rank 0's value; what the others pass does not matter."""
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
-
-
-def summed(*values: float) -> Tensor:
-    """Return the sums of numbers over all ranks, as float64."""
-    total = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(total)
-    return total

@@ -2,16 +2,17 @@
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import fmean
-from typing import TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from launch.errors import SettingsError
+from launch import checkpoint
+from launch.checkpoint import Progress
+from launch.folder import write_whole
 from launch.methods import NAMES
 from launch.records import Record, Result, results, spread
 from launch.settings import Plan
@@ -31,6 +32,9 @@ class Report:
     def add(self, record: Record) -> None:
         """Show an evaluation and write it down."""
 
+    def save(self, progress: Progress) -> None:
+        """Write the checkpoint."""
+
     def end(self) -> None:
         """End the run."""
 
@@ -39,20 +43,16 @@ class Report:
 
 
 class FullReport(Report):
-    """The progress on the screen and all files of a job, checkpoints aside. `SettingsError` if it cannot write."""
+    """The progress on the screen and all files of a job."""
 
     def __init__(self, plan: Plan, records: Sequence[Record]) -> None:
+        threading.excepthook = _leave_to_the_writer
         self._plan = plan
         self._begun = time.perf_counter()
-        try:
-            plan.out.mkdir(parents=True, exist_ok=True)
-            (plan.out / "settings.json").write_text(json.dumps(plan.as_plain(), indent=2) + "\n")
-            # Lines written after the checkpoint that this job goes on from will be written again.
-            self._metrics = _opened(plan.out / "metrics.jsonl", records)
-        except OSError as error:
-            raise SettingsError(
-                f"--out must be a folder this job can write, found {plan.out} ({error})"
-            ) from error
+        write_whole(plan.out / "settings.json", (json.dumps(plan.as_plain(), indent=2) + "\n").encode())
+        # Lines written after the checkpoint that this job goes on from will be written again.
+        self._metrics = plan.out / "metrics.jsonl"
+        write_whole(self._metrics, "".join(record.as_json() + "\n" for record in records).encode())
 
     def begin(self, seed: int, method: str, step: int) -> None:
         """Start the progress bar and the TensorBoard events of a run."""
@@ -67,14 +67,18 @@ class FullReport(Report):
 
     def add(self, record: Record) -> None:
         """Write an evaluation down; show it beside the bar, or as a line where there is no terminal."""
-        self._metrics.write(record.as_json() + "\n")
-        self._metrics.flush()
+        with self._metrics.open("a") as file:
+            file.write(record.as_json() + "\n")
         for name, value in _scalars(record).items():
             self._writer.add_scalar(name, value, record.step)
         if self._bar.disable:
             print(_line(record, self._plan), file=sys.stderr, flush=True)
         else:
             self._bar.set_postfix_str(f"accuracy {record.accuracy:.1f} %")
+
+    def save(self, progress: Progress) -> None:
+        """Write the checkpoint and keep the one before."""
+        checkpoint.save(self._plan, progress)
 
     def end(self) -> None:
         """Close what `begin` opened."""
@@ -85,17 +89,16 @@ class FullReport(Report):
         """Print the table and draw the picture."""
         from launch.picture import draw  # matplotlib takes a second to import
 
-        self._metrics.close()
         table = tabulate(results(records), self._plan)
-        (self._plan.out / "table.txt").write_text(table + "\n")
+        write_whole(self._plan.out / "table.txt", f"{table}\n".encode())
         draw(records, self._plan, self._plan.out / "agreement.png")
-        print(f"\n{table}\n{time.perf_counter() - self._begun:.0f} s; results are in {self._plan.out}")
+        print(f"\n{table}\ndone in {time.perf_counter() - self._begun:.0f} s; results are in {self._plan.out}")
 
 
-def _opened(path: Path, records: Sequence[Record]) -> TextIO:
-    file = path.open("w")
-    file.writelines(record.as_json() + "\n" for record in records)
-    return file
+def _leave_to_the_writer(caught: threading.ExceptHookArgs) -> None:
+    """Show no traceback of TensorBoard's thread: what ends it is raised again where events are written."""
+    if not type(caught.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(caught)
 
 
 def _scalars(record: Record) -> dict[str, float]:

@@ -85,7 +85,7 @@ def plan(settings: Settings, world: int, train_size: int, out: Path) -> Plan:
         "model": settings.model or ("mlp" if settings.data == "digits" else "resnet18"),
         "steps": steps,
         "eval_every": eval_every,
-        "checkpoint_every": _checkpoint_every(settings.checkpoint_every, eval_every),
+        "checkpoint_every": settings.checkpoint_every or 5 * eval_every,
         "out": out,
     }
     return Plan(world=world, **{**vars(settings), **open_choices})
@@ -95,14 +95,6 @@ def _steps(settings: Settings, world: int, train_size: int) -> int:
     if settings.epochs is None:
         return settings.steps or 400
     return max(1, math.ceil(settings.epochs * train_size / (settings.batch_size * world)))
-
-
-def _checkpoint_every(asked: int | None, eval_every: int) -> int:
-    if asked is None:
-        return 5 * eval_every
-    if asked % eval_every:
-        raise SettingsError(f"--checkpoint-every must be a multiple of --eval-every ({eval_every}), found {asked}")
-    return asked
 
 
 def _corrupt_ranks(settings: Settings, world: int) -> tuple[int, ...]:

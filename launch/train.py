@@ -8,8 +8,11 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -17,40 +20,47 @@ from launch import checkpoint
 from launch.checkpoint import Progress
 from launch.cli import parse
 from launch.data import Data, download, load
-from launch.errors import SettingsError
-from launch.ranks import Here, LaunchError, connected, from_first, require_same, take_place, together
+from launch.errors import LaunchError, SettingsError
+from launch.folder import claim, writing
+from launch.messages import from_first, require_same
+from launch.ranks import Here, connected, take_place, together
 from launch.records import Record
 from launch.report import FullReport, Report
 from launch.settings import Plan, Settings, as_flags, plan
+from launch.stop import EXIT_CODE, Stop, Stopped
 from launch.trainer import Trainer
+
+T = TypeVar("T")
+
+_EXAMPLE = " ".join(__doc__.split()[-6:])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the job of one rank; return 0 if it went well, 2 if the settings could not be used."""
+    """Run the job of one rank; return 0 if it went well, 2 if it could not go on, 143 if SIGTERM stopped it."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"} & set(arguments):
         parse(["--help"])
     if "RANK" not in os.environ:
-        print(
-            f"launch.train: error: start it with torchrun, as in: {' '.join(__doc__.split()[-6:])}",
-            file=sys.stderr,
-        )
+        print(f"launch.train: error: start it with torchrun, as in: {_EXAMPLE}", file=sys.stderr)
         return 2
     with connected():
         try:
             _job(arguments)
         except LaunchError as error:
-            _complain(error)
+            # A traceback on the ranks where it was not the settings' fault.
+            if error.__cause__ is not None and not isinstance(error.__cause__, SettingsError):
+                traceback.print_exception(error.__cause__)
+            _say(f"error: {error}")
             return 2
+        except Stopped as stopped:
+            _say(f"stopped by SIGTERM {stopped}")
+            return EXIT_CODE
     return 0
 
 
-def _complain(error: LaunchError) -> None:
-    """Show the problem once, and a traceback on the ranks where it was not the settings' fault."""
-    if error.__cause__ is not None and not isinstance(error.__cause__, SettingsError):
-        traceback.print_exception(error.__cause__)
+def _say(text: str) -> None:
     if os.environ["RANK"] == "0":
-        print(f"launch.train: error: {error}", file=sys.stderr, flush=True)
+        print(f"launch.train: {text}", file=sys.stderr, flush=True)
 
 
 def _job(arguments: Sequence[str]) -> None:
@@ -64,11 +74,23 @@ def _job(arguments: Sequence[str]) -> None:
     out = settings.out or Path("runs", from_first(time.strftime("%Y%m%d-%H%M%S")))
     job = together(lambda: plan(settings, here.world, len(data.train), out))
     together(lambda: _check(job, here))
-    progress = checkpoint.restore(job, here)
-    report = together(lambda: FullReport(job, progress.records) if here.first else Report())
-    if here.first:
-        print(_introduction(job, here, progress), file=sys.stderr)
-    report.finish(_train_all(job, data, here, progress, report))
+    with together(lambda: claim(out) if here.first else nullcontext()):
+        progress = checkpoint.restore(job, here)
+        report = _written(job, lambda: FullReport(job, progress.records) if here.first else Report())
+        if here.first:
+            print(_introduction(job, here, progress), file=sys.stderr)
+        records = _train_all(job, data, here, progress, report)
+        _written(job, lambda: report.finish(records))
+
+
+def _written(job: Plan, action: Callable[[], T]) -> T:
+    """Return what an action that writes files returns; where it cannot, every rank ends with one line."""
+
+    def attempt() -> T:
+        with writing(job.out):
+            return action()
+
+    return together(attempt)
 
 
 def _loaded(settings: Settings, here: Here) -> Data:
@@ -79,11 +101,9 @@ def _loaded(settings: Settings, here: Here) -> Data:
 
 
 def _check(job: Plan, here: Here) -> None:
-    """Check what only a rank that knows its device and its disk can tell."""
+    """Check what only a rank that knows its device can tell."""
     if job.amp == "fp16" and here.device.type != "cuda":
         raise SettingsError(f"--amp fp16 needs CUDA, found {here.device.type}; use bf16 or none")
-    if here.first and not job.resume and checkpoint.checkpoint_path(job.out).exists():
-        raise SettingsError(f"--out must be a new folder, or be given with --resume; found a job in {job.out}")
 
 
 def _introduction(job: Plan, here: Here, progress: Progress) -> str:
@@ -99,28 +119,36 @@ def _introduction(job: Plan, here: Here, progress: Progress) -> str:
 def _train_all(job: Plan, data: Data, here: Here, progress: Progress, report: Report) -> list[Record]:
     """Train every run that is not yet done; return the records of all."""
     records = list(progress.records)
-    for number in range(progress.run, len(job.runs)):
-        start = progress if number == progress.run else Progress(number, 0, None, [])
-        if start.step < job.steps:
-            _train(job, data, here, start, records, report)
+    with Stop() as stop:
+        for number in range(progress.run, len(job.runs)):
+            start = progress if number == progress.run else Progress(number, 0, None, [])
+            if start.step < job.steps:
+                _train(job, data, here, start, records, report, stop)
     return records
 
 
-def _train(job: Plan, data: Data, here: Here, start: Progress, records: list[Record], report: Report) -> None:
-    """Train one run to its end, adding to `records`, which the checkpoints contain."""
+def _train(
+    job: Plan, data: Data, here: Here, start: Progress, records: list[Record], report: Report, stop: Stop
+) -> None:
+    """Train one run to its end, or to a stop, adding to `records`, which the checkpoints contain."""
     seed, method = job.runs[start.run]
     trainer = Trainer(job, data, here, seed, method)
     if start.trainer is not None:
         trainer.load_state_dict(start.trainer)
-    report.begin(seed, method, start.step)
+    _written(job, partial(report.begin, seed, method, start.step))
     for step in trainer.steps(start.step):
         report.advance()
-        if step % job.eval_every == 0 or step == job.steps:
+        stopping, last = stop.agreed(), step == job.steps
+        if step % job.eval_every == 0 or last:
             records.append(trainer.evaluate(step))
-            report.add(records[-1])
-        if here.first and (step % job.checkpoint_every == 0 or step == job.steps):
-            checkpoint.save(job, Progress(start.run, step, trainer.state_dict(), records))
-    report.end()
+            _written(job, partial(report.add, records[-1]))
+        if step % job.checkpoint_every == 0 or last or stopping:
+            _written(job, partial(report.save, Progress(start.run, step, trainer.state_dict(), records)))
+        if stopping:
+            break
+    _written(job, report.end)
+    if stopping:
+        raise Stopped(f"at step {step} of {method}, seed {seed}; go on with --out {job.out} --resume")
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from launch.batches import RandomBatches, augment, batches, source
 from launch.data import Data, Split
 from launch.labels import add_label_noise, shift_labels
+from launch.messages import gathered, summed
 from launch.methods import attach
 from launch.models import build_model
-from launch.ranks import Here, summed, together
+from launch.ranks import Here, together
 from launch.records import Record
 from launch.settings import Plan
 
@@ -75,12 +76,12 @@ class Trainer:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a later process needs to go on as if this one had not stopped, after evaluating."""
+        """Return all that a later job needs to go on as if this one had not stopped; a collective."""
         parts = {"model": self.model.module, "optimizer": self.optimizer, "schedule": self._schedule}
         saved: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
         saved["scaler"] = self._scaler.state_dict()
         saved["gaf"] = None if self.state is None else self.state.state_dict()
-        return {**saved, "evaluated": self._evaluated}
+        return {**saved, "evaluated": self._evaluated, "losses": gathered(self._loss.item())}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
@@ -92,6 +93,9 @@ class Trainer:
         if self.state is not None:
             self.state.load_state_dict(saved["gaf"])
         self._evaluated = saved["evaluated"]
+        # With other ranks than before, the sum over the ranks is what counts.
+        losses, world, rank = saved["losses"], self.here.world, self.here.rank
+        self._loss.fill_(losses[rank] if len(losses) == world else sum(losses) / world)
 
     def _settle(self) -> None:
         """Make one backward and forget it.

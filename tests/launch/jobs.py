@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import sys
 import warnings
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from launch import checkpoint
 from launch.cli import parse
+from launch.records import Record, Result, results
 from launch.settings import Plan, plan
 from launch.train import main
 
@@ -86,6 +88,37 @@ def _rank_until_power_cut(device: torch.device, port: int, arguments: list[str])
 
     checkpoint.save = save
     return rank_of_job(device, port, arguments)
+
+
+def job_results(folder: Path) -> dict[str, list[Result]]:
+    """Return what the metrics in a job's folder sum up to."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return results(Record(**json.loads(line)) for line in lines)
+
+
+def assert_same_job(folder: Path, other: Path) -> None:
+    """Hold two jobs to the same metrics, and to last checkpoints of the same bits."""
+    for name in ("metrics.jsonl", "table.txt"):
+        assert (folder / name).read_text() == (other / name).read_text()
+    one, another = (torch.load(f / "checkpoint.pt", weights_only=True)["trainer"] for f in (folder, other))
+    assert_same(one, another)
+
+
+def assert_same(one: Any, other: Any, path: str = "") -> None:
+    """Hold both to the same structure, and to tensors of the same bits."""
+    assert type(one) is type(other), path
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_same(one[key], other[key], f"{path}/{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), path
+        for number, (left, right) in enumerate(zip(one, other, strict=True)):
+            assert_same(left, right, f"{path}/{number}")
+    else:
+        assert one == other, path
 
 
 def make_plan(*arguments: object, world: int = 4, train_size: int = 1297, out: Path = Path("unused")) -> Plan:

@@ -1,5 +1,10 @@
 """A batch is a function of seed, rank and step alone."""
 
+import multiprocessing
+import os
+import signal
+from typing import cast
+
 import pytest
 import torch
 from torch import Tensor
@@ -37,6 +42,17 @@ def test_loader_reads_images_with_their_labels_in_order(workers: int) -> None:
     read = list(batches(_split(), RandomBatches(50, 8, 0, 0, 0, 5), workers))
     assert [labels.tolist() for _, labels in read] == indices
     assert [images.flatten().int().tolist() for images, _ in read] == indices
+
+
+def test_loader_goes_on_when_its_workers_are_sent_sigterm() -> None:
+    """A cluster sends it to all processes; the rank needs batches to finish its step."""
+    indices = _drawn(stop=8)
+    loader = batches(_split(), RandomBatches(50, 8, 0, 0, 0, 8), workers=1)
+    read = [next(loader)]
+    for worker in multiprocessing.active_children():
+        os.kill(cast(int, worker.pid), signal.SIGTERM)
+    read += loader
+    assert [labels.tolist() for _, labels in read] == indices
 
 
 def test_loader_leaves_the_generator_of_the_models_alone() -> None:

@@ -1,46 +1,17 @@
-"""Whole jobs on real ranks: the science in small, resuming to the bit, and errors that reach every rank."""
+"""Whole jobs on real ranks: the science in small, and errors that reach every rank."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from launch.ranks import LaunchError, together
-from launch.records import Record, Result, results
+from launch.errors import LaunchError
+from launch.ranks import together
 from launch.trainer import Trainer
-from tests.launch.jobs import Outcome, RunRanks, rank_of_job, run_job, run_job_until_power_cut
+from tests.launch.jobs import Outcome, RunRanks, job_results, rank_of_job, run_job
 from tools.ranks import RankError
-
-
-def _results(folder: Path) -> dict[str, list[Result]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return results(Record(**json.loads(line)) for line in lines)
-
-
-def _checkpoint(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(folder / "checkpoint.pt", weights_only=True)
-    return content
-
-
-def _assert_same(one: Any, other: Any, path: str = "") -> None:
-    """Hold both to the same structure, and to tensors of the same bits."""
-    assert type(one) is type(other), path
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), path
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), path
-        for key in one:
-            _assert_same(one[key], other[key], f"{path}/{key}")
-    elif isinstance(one, list):
-        assert len(one) == len(other), path
-        for number, (left, right) in enumerate(zip(one, other, strict=True)):
-            _assert_same(left, right, f"{path}/{number}")
-    else:
-        assert one == other, path
 
 
 def test_filter_beats_averaging_and_the_paper_needs_a_good_first_rank(
@@ -53,82 +24,13 @@ def test_filter_beats_averaging_and_the_paper_needs_a_good_first_rank(
     job = ["--compare", "average,gaf,paper", "--corrupt-ranks", 0, "--seeds", 1, "--batch-size", 26]
     outcomes = run_job(gloo_ranks, 3, [*job, "--steps", 150, "--out", tmp_path])
     assert [outcome.code for outcome in outcomes] == [0] * 3
-    final = {method: runs[0].final for method, runs in _results(tmp_path).items()}
+    final = {method: runs[0].final for method, runs in job_results(tmp_path).items()}
     assert final["gaf"] > final["average"] + 1.5
     assert final["paper"] < final["average"] - 10
-    kept = _results(tmp_path)["gaf"][0].kept
+    kept = job_results(tmp_path)["gaf"][0].kept
     assert kept[0] < min(kept[1:]) - 0.2
     assert all(name in outcomes[0].out for name in ("averaging", "GAF", "paper's GAF", "rank 0!"))
     assert [outcome.out for outcome in outcomes[1:]] == [""] * 2
-
-
-# Its gradient fills several buckets, so that DDP's rebuilding of them after the first step matters.
-SEVERAL_BUCKETS = ["--data", "fake", "--image-size", 32, "--model", "mlp", "--corrupt-ranks", 1, "--seeds", 1]
-SEVERAL_BUCKETS += ["--steps", 12, "--eval-every", 2, "--checkpoint-every", 4, "--batch-size", 4, "--augment"]
-
-
-def _resume(ranks: RunRanks, world: int, folder: Path, saves: int, *job: object) -> None:
-    arguments = [*job, "--out", folder, "--resume"]
-    with pytest.raises(RankError, match="rank 0: died with exit code 9"):
-        run_job_until_power_cut(ranks, world, arguments, saves)
-    (outcome, *_) = run_job(ranks, world, arguments)
-    assert "going on with run" in outcome.err
-    assert outcome.code == 0
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[RunRanks], Path]:
-    """Return the folder of a job that ran without a stop; made by the first test that asks."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-
-    def get(ranks: RunRanks) -> Path:
-        if not (folder / "checkpoint.pt").exists():
-            run_job(ranks, 3, [*SEVERAL_BUCKETS, "--out", folder])
-        return folder
-
-    return get
-
-
-@pytest.mark.parametrize("saves", [1, 4], ids=["in the first method", "in the second method"])
-def test_a_resumed_job_ends_with_the_same_bits(
-    gloo_ranks: RunRanks, tmp_path: Path, uninterrupted: Callable[[RunRanks], Path], saves: int
-) -> None:
-    whole = uninterrupted(gloo_ranks)
-    _resume(gloo_ranks, 3, tmp_path, saves, *SEVERAL_BUCKETS)
-    _assert_same(_checkpoint(tmp_path)["trainer"], _checkpoint(whole)["trainer"])
-    for name in ("metrics.jsonl", "table.txt"):
-        assert (tmp_path / name).read_text() == (whole / name).read_text()
-
-
-def test_a_job_can_go_on_with_fewer_ranks(gloo_ranks: RunRanks, tmp_path: Path) -> None:
-    job = [
-        "--seeds",
-        1,
-        "--steps",
-        40,
-        "--corrupt-ranks",
-        0,
-        "--checkpoint-every",
-        20,
-        "--out",
-        tmp_path,
-        "--resume",
-    ]
-    with pytest.raises(RankError):
-        run_job_until_power_cut(gloo_ranks, 3, job, saves=3)
-    assert [outcome.code for outcome in run_job(gloo_ranks, 2, job)] == [0, 0]
-    last = _results(tmp_path)["gaf"][0]
-    assert len(last.kept) == 2
-    assert last.final > 60
-
-
-def test_a_finished_job_is_shown_again_and_not_overwritten(gloo_ranks: RunRanks, tmp_path: Path) -> None:
-    job = ["--seeds", 1, "--steps", 4, "--out", tmp_path]
-    first, again = (run_job(gloo_ranks, 2, [*job, *resume])[0].out.splitlines() for resume in ([], ["--resume"]))
-    assert first[:-1] == again[:-1]  # the last line tells the time it took
-    refused = run_job(gloo_ranks, 2, job)
-    assert [outcome.code for outcome in refused] == [2, 2]
-    assert "--out must be a new folder, or be given with --resume" in refused[0].err
 
 
 def test_other_options_work_together(gloo_ranks: RunRanks, tmp_path: Path) -> None:
@@ -137,7 +39,7 @@ def test_other_options_work_together(gloo_ranks: RunRanks, tmp_path: Path) -> No
     job += "--optimizer adamw --lr 0.002 --schedule cosine --amp bf16 --epochs 0.2 --seeds 2 --seed 7"
     job += " --vote-momentum 0.9"
     assert [outcome.code for outcome in run_job(gloo_ranks, 2, [*job.split(), "--out", tmp_path])] == [0, 0]
-    outcome = _results(tmp_path)
+    outcome = job_results(tmp_path)
     assert {method: [run.seed for run in runs] for method, runs in outcome.items()} == {
         "gaf": [7, 8],
         "average": [7, 8],
@@ -149,7 +51,7 @@ def test_other_options_work_together(gloo_ranks: RunRanks, tmp_path: Path) -> No
 def test_one_rank_trains_alone(gloo_ranks: RunRanks, tmp_path: Path) -> None:
     (outcome,) = run_job(gloo_ranks, 1, ["--seeds", 1, "--steps", 60, "--out", tmp_path])
     assert outcome.code == 0
-    finals = [runs[0].final for runs in _results(tmp_path).values()]
+    finals = [runs[0].final for runs in job_results(tmp_path).values()]
     assert finals[0] == finals[1] > 60  # nothing to filter
 
 

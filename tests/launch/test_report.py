@@ -117,7 +117,7 @@ def test_picture_is_drawn_for_every_kind_of_job(tmp_path: Path, arguments: list[
 
 
 def test_report_leaves_every_file_and_shows_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = make_plan("--seeds", 1, out=tmp_path / "new" / "folder")
+    plan = make_plan("--seeds", 1, out=tmp_path)
     report, records = FullReport(plan, []), _run(plan)
     for seed, method in plan.runs:
         report.begin(seed, method, 0)

@@ -53,10 +53,6 @@ def test_a_wrong_value_is_named_with_its_rule(arguments: str, message: str) -> N
     [
         ("--corrupt-ranks 9", r"--corrupt-ranks must be ranks in \[0, 3\], found 9"),
         ("--corrupt-ranks=-1", r"--corrupt-ranks must be ranks in \[0, 3\], found -1"),
-        (
-            "--eval-every 4 --checkpoint-every 6",
-            r"--checkpoint-every must be a multiple of --eval-every \(4\), found 6",
-        ),
     ],
 )
 def test_contradictions_are_found_before_training(arguments: str, message: str) -> None:
