@@ -2,10 +2,11 @@
 
 from gaf_ddp import GAFState, gaf_hook
 model = DistributedDataParallel(model)
-model.register_comm_hook(GAFState(tau=0.97), gaf_hook)
+model.register_comm_hook(GAFState(), gaf_hook)
 """
 
 from gaf_ddp.agreement import Agreement
+from gaf_ddp.consensus import ConsensusAgreement
 from gaf_ddp.gramian import combine, filter_gradients, gram
 from gaf_ddp.hook import gaf_hook
 from gaf_ddp.microbatch import MicrobatchFilter
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Agreement",
+    "ConsensusAgreement",
     "GAFState",
     "Mean",
     "MicrobatchFilter",

@@ -32,6 +32,9 @@ class Agreement:
         voters: bool `(W,)`, gradient finite, not zero, not too long.
         nonfinite: bool `(W,)`, gradient has NaN or inf.
         overlong: bool `(W,)`, gradient longer than `max_norm_ratio` times the lower median.
+        distance: `(W,)` float64, distance to the consensus in its members' median distance, z; None beside other
+            rules than the consensus, as is the next.
+        flipped: bool `(W,)`, left out since its mirror image would be a member.
     """
 
     gramian: Tensor
@@ -42,11 +45,14 @@ class Agreement:
     voters: Tensor
     nonfinite: Tensor
     overlong: Tensor
+    distance: Tensor | None = None
+    flipped: Tensor | None = None
 
     @classmethod
     def stack(cls, decisions: Sequence["Agreement"]) -> "Agreement":
         """Return the decisions of one step as one record with a leading dimension."""
-        return cls(*(torch.stack([getattr(d, f.name) for d in decisions]) for f in fields(cls)))
+        names = [field.name for field in fields(cls) if all(getattr(d, field.name) is not None for d in decisions)]
+        return cls(**{name: torch.stack([getattr(d, name) for d in decisions]) for name in names})
 
 
 def decide(gramian: Tensor, weighting: Callable[[Tensor], Tensor], max_norm_ratio: float | None) -> Agreement:

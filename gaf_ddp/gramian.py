@@ -219,14 +219,14 @@ def _wide(rows: Rows) -> torch.dtype:
 
 def _require_rows(rows: Rows) -> None:
     if isinstance(rows, Tensor):
-        if rows.dim() != 2 or not len(rows) or not rows.dtype.is_floating_point:
-            raise ValueError(
-                f"rows must be a floating point matrix (W, n), found {tuple(rows.shape)} of {rows.dtype}"
-            )
-        return
-    kinds = {(tuple(row.shape), row.dtype, row.device) for row in rows}
-    if len(kinds) != 1 or rows[0].dim() != 1 or not rows[0].dtype.is_floating_point:
-        found = ", ".join(f"{shape} of {dtype} on {device}" for shape, dtype, device in sorted(kinds, key=str))
-        raise ValueError(
-            f"rows must be floating point vectors of one length, dtype and device, found {found or 'none'}"
+        fine, rule = rows.dim() == 2 and len(rows) > 0, "a floating point matrix (W, n)"
+        found = f"{tuple(rows.shape)} of {rows.dtype}"
+    else:
+        kinds = {(tuple(row.shape), row.dtype, row.device) for row in rows}
+        fine, rule = (
+            len(kinds) == 1 and rows[0].dim() == 1,
+            "floating point vectors of one length, dtype and device",
         )
+        found = ", ".join(f"{shape} of {dtype} on {device}" for shape, dtype, device in sorted(kinds, key=str))
+    if not fine or not rows[0].dtype.is_floating_point:
+        raise ValueError(f"rows must be {rule}, found {found or 'none'}")

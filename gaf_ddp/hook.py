@@ -13,7 +13,6 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from gaf_ddp.agreement import decide
 from gaf_ddp.lanes import at_end_of_backward, named
 from gaf_ddp.pipeline import Arrival, Pipeline
 from gaf_ddp.state import GAFState
@@ -80,8 +79,9 @@ def _filter(state: GAFState, pipeline: Pipeline, arrival: Arrival) -> None:
 
 def _decide(state: GAFState, pipeline: Pipeline, arrivals: list[Arrival]) -> None:
     weighting, settings = state._rule(pipeline.device)
-    gramian, numbers = pipeline.sum(arrivals, settings)
-    agreement = decide(gramian, weighting, state.max_norm_ratio)
+    measured, numbers = pipeline.sum(arrivals, settings)
+    keys = [arrival.key for arrival in arrivals]
+    agreement = pipeline.judge.decide(keys, measured, weighting, state.max_norm_ratio)
     pipeline.send(arrivals, agreement, numbers)
 
 

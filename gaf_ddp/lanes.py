@@ -23,6 +23,7 @@ from torch.futures import Future
 
 from gaf_ddp.exchange import Exchange, GatherExchange, ShardedExchange
 from gaf_ddp.peer import MOST_SWAPPING, PeerExchange, meet
+from gaf_ddp.sketch_exchange import SketchExchange
 
 Promise = Future[Tensor]
 _PATIENCE = 3.0  # seconds; without it 3 of 18 processes that ended while the thread was at work aborted
@@ -38,7 +39,9 @@ class ThreadLane:
 
     small_bytes = 0  # gathering never won at W = 4; at W = 2 it did up to 1 MB, where a bucket takes 0.1 to 3 ms
 
-    def __init__(self, parent: dist.ProcessGroup, device: torch.device, wire_dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, parent: dist.ProcessGroup, device: torch.device, wire_dtype: torch.dtype | None, sketch_size: int
+    ) -> None:
         # `new_group` would wait for a rank that died until the time-out, and not say for whom.
         with named("before the first bucket"):
             meet(parent)
@@ -47,6 +50,7 @@ class ThreadLane:
         small_messages = _sibling_group(parent, device) if parent.size() <= MOST_SWAPPING else self.group
         self.gather: Exchange = GatherExchange(self.group, wire_dtype)
         self.sharded: Exchange = PeerExchange(self.group, wire_dtype, small_messages)
+        self.sketch = SketchExchange(self.group, sketch_size, wire_dtype, small_messages)
         self._tasks: _Tasks = SimpleQueue()
         # A daemon, since a rank that failed must be able to leave while the thread waits for ranks that go on.
         thread = Thread(target=_serve, args=(self._tasks, torch.get_num_threads()), name="gaf_ddp", daemon=True)
@@ -117,10 +121,13 @@ class StreamLane:
 
     small_bytes = 65_536  # in all ranks' buckets, up to which latency is a bucket's time (not measured yet)
 
-    def __init__(self, parent: dist.ProcessGroup, device: torch.device, wire_dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, parent: dist.ProcessGroup, device: torch.device, wire_dtype: torch.dtype | None, sketch_size: int
+    ) -> None:
         self.group = parent
         self.gather: Exchange = GatherExchange(parent, wire_dtype)
         self.sharded: Exchange = ShardedExchange(parent, wire_dtype)
+        self.sketch = SketchExchange(parent, sketch_size, wire_dtype)
         self._device = device
         self._module = torch.get_device_module(device)
         # Before what backward has enqueued: each of a bucket's launches would wait behind matrix products.
@@ -147,10 +154,12 @@ class StreamLane:
 Lane = ThreadLane | StreamLane
 
 
-def open_lane(parent: dist.ProcessGroup, device: torch.device, wire_dtype: torch.dtype | None) -> Lane:
+def open_lane(
+    parent: dist.ProcessGroup, device: torch.device, wire_dtype: torch.dtype | None, sketch_size: int
+) -> Lane:
     """Return the lane and its exchanges for buckets on this device; on the CPU a collective of parent."""
     wire_dtype = wire_dtype if parent.size() > 1 else None  # nothing travels
-    return (ThreadLane if device.type == "cpu" else StreamLane)(parent, device, wire_dtype)
+    return (ThreadLane if device.type == "cpu" else StreamLane)(parent, device, wire_dtype, sketch_size)
 
 
 def at_end_of_backward(call: Callable[[], None]) -> bool:

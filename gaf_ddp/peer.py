@@ -15,7 +15,7 @@ from gaf_ddp.memory import CACHE_LINE, Workspace
 MOST_SWAPPING = 16  # ranks whose Gramians are swapped whole, in one hop, and not all-reduced
 
 # Tags: each kind of message has its own order, apart from the user's own messages in the same group.
-_SCATTER, _SUM, _GATHER, _MEET = 26_465, 26_466, 26_467, 26_468
+_SCATTER, _SUM, _GATHER, _MEET, SKETCH = range(26_465, 26_470)
 
 
 class PeerExchange:
@@ -51,7 +51,7 @@ class PeerExchange:
         rank = self._group.rank()
         others = self._workspace.take(len(slices) - 1, len(slices[rank]), travelling.dtype).unbind()
         rows = [*others[:rank], slices[rank], *others[rank:]]
-        finish = _swap(self._group, slices, rows, _SCATTER)
+        finish = swap(self._group, slices, rows, _SCATTER)
 
         def wait() -> Rows:
             finish()
@@ -66,7 +66,7 @@ class PeerExchange:
             return all_reduce_gramian(measured, self._group)
         received = measured.new_empty(size, *measured.shape)
         received[self._group.rank()] = measured
-        _swap(self._small_messages, [measured] * size, received.unbind(), _SUM)()
+        swap(self._small_messages, [measured] * size, received.unbind(), _SUM)()
         return received.sum(0)
 
     def gather(self, rows: Rows, weights: Tensor, bucket: Tensor) -> Callable[[], None]:
@@ -77,7 +77,7 @@ class PeerExchange:
         own = combine(rows, weights, out=slices[rank])
         if len(rows) > 1:
             self._workspace.give_back(rows[rank - 1])  # another's row, in the memory of all others
-        finish = _swap(self._group, [own] * len(slices), slices, _GATHER)
+        finish = swap(self._group, [own] * len(slices), slices, _GATHER)
 
         def wait() -> None:
             finish()
@@ -99,10 +99,10 @@ def _slices(bucket: Tensor, count: int) -> tuple[Tensor, ...]:
 def meet(group: dist.ProcessGroup) -> None:
     """Wait until every rank has come this far, and name one that died: other waits end by the time-out alone."""
     tokens = list(torch.zeros(group.size(), 1).unbind())
-    _swap(group, tokens, list(torch.empty(group.size(), 1).unbind()), _MEET)()
+    swap(group, tokens, list(torch.empty(group.size(), 1).unbind()), _MEET)()
 
 
-def _swap(
+def swap(
     group: dist.ProcessGroup, sent: Sequence[Tensor], received: Sequence[Tensor], tag: int
 ) -> Callable[[], None]:
     """Send `sent[r]` to each other rank r, receive its tensor into `received[r]`; return the wait for both."""

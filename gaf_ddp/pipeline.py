@@ -10,9 +10,9 @@ from torch import Tensor
 
 from gaf_ddp.agreement import Agreement
 from gaf_ddp.exchange import Exchange
-from gaf_ddp.gramian import Rows, gram, on_host
+from gaf_ddp.gramian import Rows, on_host
+from gaf_ddp.judges import Judge
 from gaf_ddp.lanes import Promise, named, open_lane
-from gaf_ddp.momenta import Momenta, judged
 from gaf_ddp.settings import fingerprint, require_same
 
 
@@ -61,12 +61,13 @@ class Pipeline:
         scope: str,
         exchange: str,
         wire_dtype: torch.dtype | None,
-        vote_momentum: float,
+        sketch_size: int,
+        watch: bool,
+        judge: Judge,
     ) -> None:
-        self.group, self.device = group, device
-        self.lane = open_lane(group, device, wire_dtype)
-        self._scope, self._exchange = scope, exchange
-        self._momenta = Momenta(vote_momentum) if vote_momentum else None
+        self.group, self.device, self.judge = group, device, judge
+        self.lane = open_lane(group, device, wire_dtype, sketch_size)
+        self._scope, self._exchange, self._watch = scope, exchange, watch
         self.first_step = True
         self._latest: int | None = None  # the index of the last bucket taken, None between steps
         self._waiting: list[Arrival] = []  # for a decision
@@ -101,6 +102,8 @@ class Pipeline:
 
     def _choose(self, buffer: Tensor) -> Exchange:
         """Return how the bucket travels: by the settings, W and its bytes alone, the same on every rank."""
+        if self._exchange == "sketch":
+            return self.lane.sketch
         small = self.group.size() * buffer.numel() * buffer.element_size() <= self.lane.small_bytes
         gathers = self._exchange == "gather" or (self._exchange == "auto" and self._scope == "bucket" and small)
         return self.lane.gather if gathers else self.lane.sharded
@@ -112,9 +115,11 @@ class Pipeline:
             self.land()
         assert arrival.receive is not None
         rows = arrival.rows = arrival.receive()
-        arrival.measured = gram(rows) if self._momenta is None else self._momenta.measure(arrival.key, rows)
+        if self._watch:  # everyone counts, whatever the verdict will be
+            self._start_landing(arrival, self.lane.sketch.average(arrival.buffer))
+        arrival.measured = self.judge.measure(arrival.key, rows)
         self._waiting.append(arrival)
-        return self.due() if self._scope == "bucket" or arrival.is_last else []
+        return self.due() if self._scope != "model" or arrival.is_last else []
 
     def due(self) -> list[Arrival]:
         """Return the buckets that wait for a decision, which is taken now."""
@@ -122,7 +127,7 @@ class Pipeline:
         return due
 
     def sum(self, arrivals: list[Arrival], settings: str) -> tuple[Tensor, Tensor]:
-        """Return the Gramian `(W, W)` of what is judged, and the number `(W,)` of each rank's settings.
+        """Return the sum over buckets and ranks of what was measured, and the numbers `(W,)` of their settings.
 
         Raises:
             ValueError: on the CPU, settings differ between the ranks; on accelerators the numbers tell later.
@@ -130,10 +135,10 @@ class Pipeline:
         measured = [arrival.measured for arrival in arrivals if arrival.measured is not None]
         total = measured[0] if len(measured) == 1 else torch.stack(measured).sum(0)
         summed = arrivals[0].exchange.sum(torch.cat([total, self._own_message(settings)]))
-        gramian, numbers = summed[:-1], summed[-1]
+        numbers = summed[-1]
         if on_host(numbers) and len(set(numbers.tolist())) > 1:
             require_same(settings, self.lane.group, self.device)
-        return (gramian if self._momenta is None else judged(gramian)), numbers
+        return summed[:-1], numbers
 
     def _own_message(self, settings: str) -> Tensor:
         """Return `(1, W)`, this rank's number in its own column: the sum over the ranks holds everyone's."""
@@ -146,21 +151,22 @@ class Pipeline:
     def send(self, arrivals: list[Arrival], agreement: Agreement, numbers: Tensor) -> None:
         """Average the rows by the weights and start the averages on their way back."""
         for arrival in arrivals:
-            finish = arrival.exchange.gather(arrival.rows, agreement.weights, arrival.buffer)
+            if not self._watch:
+                finish = arrival.exchange.gather(arrival.rows, agreement.weights, arrival.buffer)
+                self._start_landing(arrival, finish)
             arrival.rows = ()
-            if self._momenta is not None:
-                self._momenta.forget(arrival.key, agreement.nonfinite | agreement.overlong)
-            if finish is None:
-                arrival.promise.set_result(arrival.buffer)
-            else:
-                self._landing.append((arrival, finish))
         parameters = [parameter for arrival in arrivals for parameter in arrival.parameters]
         self._decided.append((Decision(agreement, parameters), numbers))
 
+    def _start_landing(self, arrival: Arrival, finish: Callable[[], None] | None) -> None:
+        if finish is None:
+            arrival.promise.set_result(arrival.buffer)
+        else:
+            self._landing.append((arrival, finish))
+
     def end_step(self) -> list[tuple[Decision, Tensor]]:
         """Return what was decided in this step, and forget what only it needed."""
-        if self._momenta is not None:
-            self._momenta.finish()
+        self.judge.finish()
         decided, self._decided = self._decided, []
         return decided
 

@@ -28,8 +28,14 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda value: value is None or isinstance(value, dist.ProcessGroup),
     ),
     "weighting": ("callable or None", lambda value: value is None or callable(value)),
-    "scope": ("'bucket' or 'model'", lambda value: value in ("bucket", "model")),
-    "exchange": ("'auto', 'sharded' or 'gather'", lambda value: value in ("auto", "sharded", "gather")),
+    "scope": (
+        "'bucket', 'model', 'running' or None",
+        lambda value: value is None or value in ("bucket", "model", "running"),
+    ),
+    "exchange": (
+        "'auto', 'sketch', 'sharded' or 'gather'",
+        lambda value: value in ("auto", "sketch", "sharded", "gather"),
+    ),
     "start_step": ("an integer >= 0", lambda value: type(value) is int and value >= 0),
     "wire_dtype": (
         "None, torch.float16, torch.bfloat16 or torch.float32",
@@ -37,6 +43,8 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "max_norm_ratio": ("None or a number >= 1", lambda value: value is None or (_number(value) and value >= 1)),
     "vote_momentum": ("a number in [0, 1)", lambda value: _number(value) and 0 <= value < 1),
+    "sketch_size": ("an integer >= 64", lambda value: type(value) is int and value >= 64),
+    "watch": ("True or False", lambda value: isinstance(value, bool)),
 }
 
 

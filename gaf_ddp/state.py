@@ -11,7 +11,9 @@ from torch import Tensor
 
 from gaf_ddp import settings
 from gaf_ddp.agreement import Agreement
+from gaf_ddp.consensus import ConsensusAgreement
 from gaf_ddp.gramian import kernels
+from gaf_ddp.judges import ByConsensus, ByGradients, ByMomenta, Judge
 from gaf_ddp.meter import AgreementMeter
 from gaf_ddp.pipeline import Decision, Pipeline
 from gaf_ddp.settings import require
@@ -22,25 +24,33 @@ _VERSION = 1  # of what state_dict returns
 
 
 class GAFState:
-    """Settings, step counter and statistics of `gaf_hook`.
+    """Settings, step counter and statistics of `gaf_hook`. `GAFState()` needs none of them.
 
-    Often tuned:
+    Which ranks count:
+        `GAFState()`: the consensus rule with its memory (`ConsensusAgreement`), over sketches. Nothing to tune.
         tau: largest cosine distance at which two gradients agree, in [0, 2], or a schedule from `state.step` to
-            it. None is 1.0; 2.0 keeps every voter. `GAFState(tau=t)` filters with `NeighborhoodAgreement(t)`.
-        scope: `"bucket"`, one decision per DDP bucket; `"model"`, one per step from the Gramian of the whole
-            gradient (the paper's meaning), at the price of holding all slices until the last bucket.
-        vote_momentum: judge each rank by `m ← vote_momentum · m + g`, its recent gradients, in place of the last
-            alone; in [0, 1). What is averaged are the gradients still.
-        start_step: plain averaging before this step.
+            it: `GAFState(tau=t)` filters with `NeighborhoodAgreement(t)`, exactly; 2.0 keeps every voter.
+        weighting: any callable from Gramian `(W, W)` to weights `(W,)`. It must return the same on every rank:
+        seed
+            one that draws random numbers. `ConsensusAgreement(ratio)` has its memory here too.
+        watch: judge and record, but average everyone; nothing waits for the verdict.
 
     Seldom tuned:
         process_group: the group DDP was built with; None is the default group at the first bucket.
-        weighting: any callable from Gramian `(W, W)` to weights `(W,)` in place of tau. It must return the same
-            on every rank: seed one that draws random numbers.
-        exchange: `"sharded"` (a ring all-reduce's bytes per rank), `"gather"` (the plain reading), `"auto"`
-            (sharded; on accelerators in bucket scope, gather for buckets too small for bandwidth to matter).
-        wire_dtype: dtype the gradients travel in, e.g. `torch.bfloat16`; products and sums stay in float32. What
-            float16 cannot hold, beyond 65504 or below 6e-8, becomes inf or 0.
+        scope: `"bucket"`, one decision per DDP bucket; `"model"`, one per step from the Gramian of the whole
+            gradient (the paper's meaning), which is averaged after it; `"running"`, for the consensus rule: each
+            bucket as it arrives, by the whole gradient as known then. None is running for that rule, else bucket.
+        exchange: `"sketch"` (cosines to 1/√sketch_size, an all-reduce of the library's), `"sharded"` (exact, a
+        ring
+            all-reduce's bytes per rank), `"gather"` (exact, the plain reading). `"auto"`: sketch for the consensus
+            rule and to watch; else sharded, on accelerators in bucket scope gather for the smallest buckets.
+        sketch_size: k, numbers that a bucket is judged by there, at least 64.
+        vote_momentum: judge each rank by `m ← vote_momentum · m + g`, its recent gradients, in place of the last
+            alone; in [0, 1), for tau and weightings. What is averaged are the gradients still.
+        start_step: plain averaging before this step.
+        wire_dtype: dtype the gradients travel in, e.g. `torch.bfloat16`; products stay in float32, sums too but
+        for
+            sketch's. What float16 cannot hold, beyond 65504 or below 6e-8, becomes inf or 0.
         max_norm_ratio: a rank whose gradient is longer than this many lower median norms has no vote; None
             switches the guard off.
 
@@ -57,10 +67,10 @@ class GAFState:
     On an accelerator read them, and `summary()`, on training's own stream: it waits for the hook's work, others do
     not.
 
-    Memory: bucket scope about one bucket beside DDP's own on accelerators, on the CPU as many as wait for the
-    thread, up to one gradient; model scope about one gradient; vote_momentum one float32 gradient more, W with the
-    gather exchange; wire_dtype on the CPU up to one gradient in that dtype. A pickled state leaves process group
-    and momenta behind.
+    Memory: sketch `W · sketch_size` numbers a bucket. Exact exchanges: bucket scope about one bucket beside DDP's
+    own on accelerators, on the CPU as many as wait for the thread, up to one gradient; model scope about one
+    gradient; vote_momentum and the consensus rule one float32 gradient more, W with gather; wire_dtype on the CPU
+    up to one gradient in that dtype. A pickled state leaves process group and momenta behind.
 
     Raises:
         ValueError: a setting is out of its range; the message names it.
@@ -72,12 +82,14 @@ class GAFState:
         tau: float | Callable[[int], float] | None = None,
         *,
         weighting: Callable[[Tensor], Tensor] | None = None,
-        scope: Literal["bucket", "model"] = "bucket",
-        exchange: Literal["auto", "sharded", "gather"] = "auto",
+        scope: Literal["bucket", "model", "running"] | None = None,
+        exchange: Literal["auto", "sketch", "sharded", "gather"] = "auto",
         start_step: int = 0,
         wire_dtype: torch.dtype | None = None,
         max_norm_ratio: float | None = 10.0,
         vote_momentum: float = 0.0,
+        sketch_size: int = 4096,
+        watch: bool = False,
     ) -> None:
         settings.require_valid(
             process_group=process_group,
@@ -88,21 +100,32 @@ class GAFState:
             wire_dtype=wire_dtype,
             max_norm_ratio=max_norm_ratio,
             vote_momentum=vote_momentum,
+            sketch_size=sketch_size,
+            watch=watch,
         )
         require(weighting is None or tau is None, "tau and weighting exclude each other: tau must be None", tau)
         self.process_group = process_group
-        self.tau = tau if callable(tau) else require_tau(1.0 if tau is None else tau)
+        self.tau = tau if tau is None or callable(tau) else require_tau(tau)
         self.weighting = weighting
-        self.scope = scope
-        self.exchange = exchange
+        self._ratio = _consensus_ratio(tau, weighting)
+        self.scope = scope or ("bucket" if self._ratio is None else "running")
+        rule = "scope 'running' is for the consensus rule, which has a memory: scope must be 'bucket' or 'model'"
+        require(self.scope != "running" or self._ratio is not None, rule, scope)
+        self.exchange = "sketch" if exchange == "auto" and (watch or self._ratio is not None) else exchange
+        require(not watch or self.exchange == "sketch", "watch is for exchange 'sketch'", exchange)
         self.start_step = start_step
         self.wire_dtype = wire_dtype
         self.max_norm_ratio = None if max_norm_ratio is None else float(max_norm_ratio)
         self.vote_momentum = float(vote_momentum)
+        rule = "the consensus rule has momenta of its own: vote_momentum must be 0"
+        require(self._ratio is None or not vote_momentum, rule, vote_momentum)
+        self.sketch_size = sketch_size
+        self.watch = watch
 
         self.step = 0
         self.decisions: list[Decision] = []
         self._meter = AgreementMeter()
+        self._judge = self._new_judge()
         self._skips = 0  # optimizers whose steps are left out by what this state decides
         self._pipeline: Pipeline | None = None
 
@@ -139,20 +162,22 @@ class GAFState:
         return summary
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what training needs to go on, the step and the statistics, at one host sync; momenta begin anew.
+        """Return what training needs to go on, at host syncs: step, statistics, the consensus rule's memory.
 
-        Plain numbers in lists, the same keys always: it loads through torch.distributed.checkpoint into a fresh
-        state, and at another world size.
+        Plain numbers in lists, and bytes without code, the same keys always: it loads through
+        torch.distributed.checkpoint into a fresh state, and at another world size. Momenta are in the memory where
+        every rank has them whole: of gathered sketches. Others begin anew, as those of `vote_momentum` do.
         """
-        return {"version": _VERSION, "step": self.step, "meter": self._meter.state_dict()}
+        memory = self._judge.dump(self.exchange == "sketch") if isinstance(self._judge, ByConsensus) else b""
+        return {"version": _VERSION, "step": self.step, "meter": self._meter.state_dict(), "memory": memory}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore `state_dict()`; the world size may differ, statistics per rank then start anew.
+        """Restore `state_dict()`; the world size may differ, what is known of ranks then starts anew.
 
         Raises:
             ValueError: state_dict is not what `state_dict()` returns; nothing is changed then.
         """
-        keys = {"version", "step", "meter"}
+        keys = {"version", "step", "meter", "memory"}
         found = set(state_dict) if isinstance(state_dict, dict) else state_dict
         require(found == keys, f"state_dict must hold {sorted(keys)}", found)
         require(
@@ -160,14 +185,26 @@ class GAFState:
         )
         step = state_dict["step"]
         require(type(step) is int and step >= 0, "state_dict's step must be an integer >= 0", step)
+        judge = self._new_judge()
+        if isinstance(judge, ByConsensus) and state_dict["memory"] != b"":
+            judge.load(state_dict["memory"])
         self._meter.load_state_dict(state_dict["meter"])
         self.step = step
+        self._judge = judge
+        if self._pipeline is not None:
+            self._pipeline.judge = judge
 
     def __getstate__(self) -> dict[str, Any]:
         """Return everything but the process group and what hangs on it."""
         if self.process_group is not None:
             _logger.warning("gaf_ddp: a GAFState is pickled without its process_group; set it after unpickling")
-        return {**self.__dict__, "process_group": None, "_pipeline": None, "_skips": 0, "decisions": []}
+        left_behind: dict[str, Any] = {"process_group": None, "_pipeline": None, "_skips": 0, "decisions": []}
+        return {**self.__dict__, **left_behind, "_judge": self._new_judge()}
+
+    def _new_judge(self) -> Judge:
+        if self._ratio is not None:
+            return ByConsensus(self._ratio, self.scope)
+        return ByMomenta(self.vote_momentum) if self.vote_momentum else ByGradients()
 
     # What follows is for gaf_hook and skip_on_disagreement.
 
@@ -185,8 +222,9 @@ class GAFState:
             if group.size() == 1:
                 message = "gaf_ddp: world size 1, there are no other gradients to filter against"
                 warnings.warn(message, stacklevel=3)
-            chosen = {name: getattr(self, name) for name in ("scope", "exchange", "wire_dtype", "vote_momentum")}
-            pipeline = Pipeline(group, bucket.buffer().device, **chosen)
+            names = ("scope", "exchange", "wire_dtype", "sketch_size", "watch")
+            chosen = {name: getattr(self, name) for name in names}
+            pipeline = Pipeline(group, bucket.buffer().device, judge=self._judge, **chosen)
             shared = settings.as_text({**self._shared(self._weighting_now(), pipeline.device), "step": self.step})
             settings.require_same(shared, pipeline.lane.group, pipeline.device)
             self._pipeline = pipeline
@@ -202,11 +240,14 @@ class GAFState:
             return Mean()
         if self.weighting is not None:
             return self.weighting
+        if self.tau is None:
+            return ConsensusAgreement()
         return NeighborhoodAgreement(self.tau(self.step) if callable(self.tau) else self.tau)
 
     def _shared(self, weighting: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, object]:
         """Return what must be the same on every rank."""
-        names = ("scope", "exchange", "wire_dtype", "start_step", "max_norm_ratio", "vote_momentum")
+        names = ["scope", "exchange", "wire_dtype", "start_step", "max_norm_ratio", "vote_momentum"]
+        names += ["sketch_size", "watch"]
         return {
             "tau": getattr(weighting, "tau", "none") if callable(self.tau) else self.tau,
             "weighting": settings.describe(weighting),
@@ -222,3 +263,10 @@ class GAFState:
         if decided:
             self._meter.record([(decision.agreement, numbers) for decision, numbers in decided])
         self.step += 1
+
+
+def _consensus_ratio(tau: object, weighting: object) -> float | None:
+    """Return the consensus rule's ratio, None for other rules."""
+    if tau is None and weighting is None:
+        return ConsensusAgreement().ratio
+    return weighting.ratio if type(weighting) is ConsensusAgreement else None
