@@ -20,6 +20,25 @@ from launch.records import Record, Result, results
 from launch.settings import Plan, plan
 from launch.train import main
 
+REPOSITORY = Path(__file__).parents[2]
+# Its gradient fills several buckets, so that DDP's rebuilding of them after the first step matters.
+SEVERAL_BUCKETS = ["--data", "fake", "--image-size", 32, "--model", "mlp", "--corrupt-ranks", 1, "--seeds", 1]
+SEVERAL_BUCKETS += ["--steps", 12, "--eval-every", 2, "--checkpoint-every", 4, "--batch-size", 4, "--augment"]
+SEVERAL_BUCKETS += ["--tau", 1]  # keeps some, and not all
+# What a test under torchrun or Slurm would hand on by mistake.
+NOT_INHERITED = (
+    "RANK",
+    "LOCAL_",
+    "WORLD_SIZE",
+    "MASTER_",
+    "TORCHELASTIC",
+    "SLURM_",
+    "GLOO_",
+    "GPUS",
+    "NODES",
+    "RDZV_",
+)
+
 RunRanks = Callable[..., list[Any]]
 
 
@@ -88,6 +107,12 @@ def _rank_until_power_cut(device: torch.device, port: int, arguments: list[str])
 
     checkpoint.save = save
     return rank_of_job(device, port, arguments)
+
+
+def environment(**values: str) -> dict[str, str]:
+    """Return the test's own environment with the repository, without GPUs, and with the values given."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(NOT_INHERITED)}
+    return {**own, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY), **values}
 
 
 def job_results(folder: Path) -> dict[str, list[Result]]:

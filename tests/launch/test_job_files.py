@@ -15,23 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-REPOSITORY = Path(__file__).parents[2]
+from tests.launch.jobs import REPOSITORY, environment
+
 LAUNCH = REPOSITORY / "launch"
 JOB = ["--seeds", "1", "--steps", "20", "--method", "gaf", "--corrupt-ranks", "1"]
 TIMEOUT = 120.0  # seconds for a job of about ten
-# What a test under torchrun or Slurm would hand on by mistake.
-NOT_INHERITED = (
-    "RANK",
-    "LOCAL_",
-    "WORLD_SIZE",
-    "MASTER_",
-    "TORCHELASTIC",
-    "SLURM_",
-    "GLOO_",
-    "GPUS",
-    "NODES",
-    "RDZV_",
-)
 
 
 @dataclass(frozen=True)
@@ -47,10 +35,8 @@ class Tools:
         path.chmod(0o755)
 
     def environment(self, **values: str) -> dict[str, str]:
-        """Return the test's own environment with these tools, the repository, and the values given."""
-        own = {name: value for name, value in os.environ.items() if not name.startswith(NOT_INHERITED)}
-        own["CUDA_VISIBLE_DEVICES"] = ""  # what the stand-in for nvidia-smi says
-        return {**own, "PATH": f"{self.folder}:{own['PATH']}", "PYTHONPATH": str(REPOSITORY), **values}
+        """Return an environment with these tools, the repository, and the values given."""
+        return environment(**{"PATH": f"{self.folder}:{os.environ['PATH']}", **values})
 
 
 def _tools(folder: Path) -> Tools:
@@ -117,6 +103,7 @@ def _assert_same_results(folder: Path, expected: Path) -> None:
         assert torch.equal(here[name], there[name]), name
 
 
+@pytest.mark.job
 def test_single_node(single_node: Path) -> None:
     shown = (single_node / "log").read_text()
     assert "4 ranks on cpu" in shown
@@ -165,6 +152,7 @@ def _connect(one: str, other: str) -> None:
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.job
 def test_two_nodes_train_to_the_same_bits_as_one(
     tools: Tools, tmp_path: Path, two_nodes: tuple[str, str], single_node: Path
 ) -> None:
@@ -210,6 +198,7 @@ def _job_with_a_free_port() -> str:
             return str(number)
 
 
+@pytest.mark.job
 def test_slurm(tools: Tools, tmp_path: Path, single_node: Path) -> None:
     """With stand-ins for Slurm's programs: srun starts its command once on each of two nodes, here both local."""
     tools.add("scontrol", '[[ "$*" == "show hostnames node[1-2]" ]] && printf "localhost\\nlocalhost\\n"')

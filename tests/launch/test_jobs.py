@@ -14,6 +14,7 @@ from tests.launch.jobs import Outcome, RunRanks, job_results, rank_of_job, run_j
 from tools.ranks import RankError
 
 
+@pytest.mark.job
 def test_filter_beats_averaging_and_the_paper_needs_a_good_first_rank(
     gloo_ranks: RunRanks, tmp_path: Path
 ) -> None:

@@ -1,7 +1,9 @@
-"""Jobs that go on: after a power cut, after SIGTERM, with fewer ranks, and to the same bits."""
+"""Jobs that go on to the same bits: after a power cut, after SIGTERM, when torchrun starts them again."""
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,19 +12,17 @@ import torch
 
 from launch.trainer import Trainer
 from tests.launch.jobs import (
+    SEVERAL_BUCKETS,
     Outcome,
     RunRanks,
     assert_same_job,
+    environment,
     job_results,
     rank_of_job,
     run_job,
     run_job_until_power_cut,
 )
 from tools.ranks import RankError
-
-# Its gradient fills several buckets, so that DDP's rebuilding of them after the first step matters.
-SEVERAL_BUCKETS = ["--data", "fake", "--image-size", 32, "--model", "mlp", "--corrupt-ranks", 1, "--seeds", 1]
-SEVERAL_BUCKETS += ["--steps", 12, "--eval-every", 2, "--checkpoint-every", 4, "--batch-size", 4, "--augment"]
 
 
 def _resume(ranks: RunRanks, world: int, folder: Path, saves: int, *job: object) -> None:
@@ -103,3 +103,22 @@ def test_sigterm_saves_all_and_the_job_ends_with_the_same_bits(
     assert "going on with run 2 at step 5" in outcome.err
     assert outcome.out.splitlines()[-1].startswith("done in ")
     assert_same_job(tmp_path, whole)
+
+
+@pytest.mark.job
+def test_torchrun_starts_a_job_again_whose_rank_is_killed(gloo_ranks: RunRanks, tmp_path: Path) -> None:
+    """TORCH_DISABLE_SHARE_RDZV_TCP_STORE: see launch/single_node.sh."""
+    run_job(gloo_ranks, 2, [*SEVERAL_BUCKETS, "--out", tmp_path / "whole"])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    job = [*SEVERAL_BUCKETS, "--out", tmp_path / "killed", "--resume"]
+    done = subprocess.run(
+        [*torchrun, "--max-restarts", "3", "-m", "tests.launch.dying", *map(str, job)],
+        env=environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "starting, 2 runs" in done.stderr
+    assert "going on with run 2 at step 4" in done.stderr
+    assert_same_job(tmp_path / "killed", tmp_path / "whole")
