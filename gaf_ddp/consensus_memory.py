@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from gaf_ddp.consensus import average, judge, judge_few, lower_median, require_ratio
+from gaf_ddp.gramian import on_host
 from gaf_ddp.weighting import cosine, present
 
 MOMENTUM = 0.99  # 0.97 to 0.995 do the same
@@ -72,9 +73,9 @@ class ConsensusMemory:
         if self._cosines is None or self._steps is None or self._cosines.shape[1:] != momenta.shape:
             self._cosines = torch.zeros(2, *momenta.shape, dtype=torch.float64, device=momenta.device)
             self._steps = self._cosines.new_zeros(())
-        on_host = momenta.device.type == "cpu" and len(momenta) <= _FEW
+        few = on_host(momenta) and len(momenta) <= _FEW
         before = self._cosines.to(momenta.device), self._steps.to(momenta.device)
-        *after, found = (_decide_few if on_host else _decide_many)(*before, momenta, gradients, voters, self.ratio)
+        *after, found = (_decide_few if few else _decide_many)(*before, momenta, gradients, voters, self.ratio)
         if remember:
             self._cosines, self._steps = after
         return found

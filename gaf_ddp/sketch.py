@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from gaf_ddp.gramian import kernels
+from gaf_ddp.gramian import kernels, on_host
 
 _BLOCK = 2**17  # elements of one multiply-add, for which a call costs a CPU little, and in its cache
 _ON_ACCELERATOR = 2**24  # elements whose signs are written out at a time
@@ -50,7 +50,7 @@ def fold(x: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
     if fused is not None and fused.can_fold(x):
         folded: tuple[Tensor, Tensor] = fused.fold(x, size, seed)
         return folded
-    return (_fold_on_cpu if x.device.type == "cpu" else _fold_on_accelerator)(x, size, seed)
+    return (_fold_on_cpu if on_host(x) else _fold_on_accelerator)(x, size, seed)
 
 
 def _fold_on_cpu(x: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
