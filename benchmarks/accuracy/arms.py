@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from benchmarks.accuracy.declare import Experiment, Labels, Rule, Run
-from benchmarks.accuracy.rules import MOMENTA, VOTE_MOMENTUM
+from benchmarks.accuracy.rules import CONSENSUS, MOMENTA, VOTE_MOMENTUM
 
 Kind = Literal["averaging", "filter", "control", "other rule", "oracle"]
 
@@ -102,6 +102,9 @@ ARMS: dict[str, Arm] = {
     "upgrad": Arm("UPGrad (TorchJD)", "other rule", _ruled("upgrad", lambda e: None)),
     "krum": Arm("Krum (TorchJD)", "other rule", _krum),
     "oracle": Arm("oracle: no bad ranks or labels", "oracle", _oracle),
+    **with_controls("consensus", Arm("consensus (`GAFState()`)", "filter", _ruled(CONSENSUS, lambda e: 4096.0))),
+    "consensus 1024": Arm("consensus, sketches of 1024", "filter", _ruled(CONSENSUS, lambda e: 1024.0)),
+    "exact consensus": Arm("consensus, exact momenta", "filter", _ruled("exact consensus", lambda e: None)),
     # Momenta's cosines are higher than gradients', so tau is this arm's own.
     **with_controls(
         "momenta 0.7",
@@ -109,9 +112,11 @@ ARMS: dict[str, Arm] = {
     ),
 }
 
+CONSENSUS_ARMS = ("consensus", "consensus: random members", "consensus 1024", "exact consensus")
+
 ALL = (
     "averaging", "best lr", "decay", "random members", "random skips",
-    "default", "neighborhood", "momenta 0.7", "sequential", "upgrad", "krum", "oracle",
+    "default", "neighborhood", "momenta 0.7", *CONSENSUS_ARMS, "sequential", "upgrad", "krum", "oracle",
 )  # fmt: skip
 """What every experiment trains."""
 

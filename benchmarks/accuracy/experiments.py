@@ -2,15 +2,15 @@
 
 from dataclasses import replace
 
-from benchmarks.accuracy.arms import ALL
+from benchmarks.accuracy.arms import ALL, CONSENSUS_ARMS
 from benchmarks.accuracy.declare import Experiment, Labels, Run
 from benchmarks.accuracy.on_digits import broken, classes, shift, tau, uniform
 
 
 def human() -> list[Experiment]:
     """Return CIFAR-10N on a small CIFAR-10, which needs --data-dir."""
-    few = ("averaging", "best lr", "random members", "random skips", "neighborhood", "momenta 0.7", "sequential",
-           "oracle")  # fmt: skip
+    few = ("averaging", "best lr", "random members", "random skips", "neighborhood", "momenta 0.7",
+           *CONSENSUS_ARMS, "sequential", "oracle")  # fmt: skip
     base = Run("small cifar10", "conv", (0, 1, 2, 3), 16, 400, lr=0.05, evaluate_every=25)
     settings = {
         "`worse` labels everywhere": (Labels("human", column="worse"), ALL),

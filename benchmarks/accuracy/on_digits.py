@@ -28,7 +28,7 @@ def shift() -> list[Experiment]:
             bad=bad,
             lrs=(*GRID, 0.05),
             seeds=5,
-            real_arms=(*REAL, "momenta 0.7"),
+            real_arms=(*REAL, "momenta 0.7", "consensus"),
             real_seeds=3 if bad in ((0,), (0, 3, 6)) else 1,
             notes={"panel": f"W={world}, bad rank {', '.join(map(str, bad))}"},
         )
@@ -38,7 +38,16 @@ def shift() -> list[Experiment]:
 
 def broken() -> list[Experiment]:
     """Return one broken rank of eight, the first or the last."""
-    few = ("averaging", "guard only", "default", "neighborhood", "momenta 0.7", "sequential", "oracle")
+    few = (
+        "averaging",
+        "guard only",
+        "default",
+        "neighborhood",
+        "momenta 0.7",
+        "consensus",
+        "sequential",
+        "oracle",
+    )
     broken = [
         Experiment(
             f"broken {kind} rank {rank}",
@@ -65,7 +74,11 @@ def broken() -> list[Experiment]:
 
 def _repeated(fault: str) -> tuple[str, ...]:
     """Return what is repeated on real ranks with this fault."""
-    return ("neighborhood", "momenta 0.7") if fault == "a little is enough" else ("neighborhood",)
+    return (
+        ("neighborhood", "momenta 0.7", "consensus")
+        if fault == "a little is enough"
+        else ("neighborhood", "consensus")
+    )
 
 
 def uniform() -> list[Experiment]:

@@ -1,10 +1,11 @@
 """All ranks of a run in one process, one after the other: the same numbers as DDP, ten times sooner on few cores.
 
-Only the travelling is left out. Gradients are judged by the package's own `gram`, `decide` and `combine`. Momenta
+Only the travelling is left out. Gradients are judged by the package's own sketches, judges and `combine`. Momenta
 alone differ: under DDP they begin anew after the first step, when it lays its buckets out anew.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,26 +16,27 @@ from benchmarks.accuracy.gradients import all_gradients
 from benchmarks.accuracy.rules import settings_of
 from benchmarks.accuracy.task import Task
 from benchmarks.accuracy.training import build_network, build_optimizer
-from gaf_ddp import Agreement, combine, gram
-from gaf_ddp.agreement import decide
-from gaf_ddp.momenta import Momenta, judged
-
-MAX_NORM_RATIO = 10.0  # GAFState's default
+from gaf_ddp import Agreement, GAFState, combine
+from gaf_ddp.sketch import fold
+from gaf_ddp.sketch_exchange import as_long_as
 
 
-class Judge:
-    """What the hook decides with `GAFState(weighting=…, vote_momentum=…)`, from whole gradients `(W, N)`."""
+class Judged:
+    """What the hook decides with these settings of `GAFState`, from whole gradients `(W, N)`."""
 
-    def __init__(self, weighting: Callable[[Tensor], Tensor], vote_momentum: float = 0.0) -> None:
-        self._weighting = weighting
-        self._momenta = Momenta(vote_momentum) if vote_momentum else None
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self._state = GAFState(**{"scope": "model", **settings})
 
     def __call__(self, rows: Tensor) -> Agreement:
         """Return who counts at this step."""
-        if self._momenta is None:
-            return decide(gram(rows), self._weighting, MAX_NORM_RATIO)
-        agreement = decide(judged(self._momenta.measure(0, rows)), self._weighting, MAX_NORM_RATIO)
-        self._momenta.forget(0, agreement.nonfinite | agreement.overlong)
+        state = self._state
+        if state.exchange == "sketch":
+            rows = torch.stack([as_long_as(*fold(row, state.sketch_size, seed=0)) for row in rows])
+        measured = state._judge.measure("gradient", rows)
+        rule, _ = state._rule(rows.device)
+        agreement = state._judge.decide(["gradient"], measured, rule, state.max_norm_ratio)
+        state._judge.finish()
+        state.step += 1
         return agreement
 
 
@@ -46,7 +48,7 @@ class OneProcess:
         self.model = build_network(run, task)
         self.optimizer = build_optimizer(run, self.model)
         settings = settings_of(run, counts)
-        self._judge = None if settings is None else Judge(**settings)
+        self._judge = None if settings is None else Judged(settings)
         self._fault_memory: dict[str, Tensor] = {}
         self._random = torch.Generator().manual_seed(run.seed)
 

@@ -36,7 +36,7 @@ class RealRank:
         self._optimizer = build_optimizer(run, self.model)
         self._ddp = DistributedDataParallel(self.model)
         settings = settings_of(run, counts)
-        self.state = None if settings is None else GAFState(scope="model", **settings)
+        self.state = None if settings is None else GAFState(**{"scope": "model", **settings})
         if self.state is not None:
             skip_on_disagreement(self._optimizer, self.state)
         if run.fault is not None and run.fault.rank in run.ranks:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.accuracy.declare import Run
-from gaf_ddp import Mean, NeighborhoodAgreement, SequentialAgreement, Weighting
+from gaf_ddp import ConsensusAgreement, Mean, NeighborhoodAgreement, SequentialAgreement, Weighting
 from gaf_ddp.weighting import present
 
 Settings = dict[str, Any]  # of GAFState, beside its scope
 
 MOMENTA = "neighborhood of momenta"  # the rule that is shown the Gramian of the momenta
 VOTE_MOMENTUM = 0.9
+CONSENSUS = "consensus"  # the default rule; its parameter is the sketch's size
 
 
 class RandomMembers(Weighting):
@@ -81,6 +82,10 @@ RULES: dict[str, Callable[[Any, int, Sequence[int]], Settings]] = {
     "random skips": lambda _, seed, counts: {"weighting": RandomSkips(counts, seed)},
     "krum": lambda bad, seed, counts: {"weighting": _krum(bad)},
     "upgrad": lambda _, seed, counts: {"weighting": _upgrad()},
+    # As GAFState() is, save that a model of many buckets is judged once a step, as all arms are.
+    CONSENSUS: lambda size, seed, counts: {"sketch_size": int(size), "scope": "model"},
+    "running consensus": lambda size, seed, counts: {"sketch_size": int(size), "scope": "running"},
+    "exact consensus": lambda _, seed, counts: {"weighting": ConsensusAgreement(), "exchange": "sharded"},
 }
 
 
