@@ -8,15 +8,19 @@ import torch.distributed as dist
 from gaf_ddp import gramian, pipeline
 from gaf_ddp.exchange import GatherExchange, ShardedExchange
 from gaf_ddp.lanes import Promise, StreamLane
+from gaf_ddp.sketch_exchange import SketchExchange
 
 
 class NoStream(StreamLane):
     """An accelerator's lane on a device without streams: the work is done inside the hook, by collectives."""
 
-    def __init__(self, parent: dist.ProcessGroup, device: torch.device, wire_dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, parent: dist.ProcessGroup, device: torch.device, wire_dtype: torch.dtype | None, sketch_size: int
+    ) -> None:
         self.group = parent
         self.gather = GatherExchange(parent, wire_dtype)
         self.sharded = ShardedExchange(parent, wire_dtype)
+        self.sketch = SketchExchange(parent, sketch_size, wire_dtype)
 
     def promise(self) -> Promise:
         return Promise()

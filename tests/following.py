@@ -50,7 +50,7 @@ def follow(
         if not filtered[-1].isnan().any():
             assert_replicas_equal(probe)
         assert state.step == step + 1
-        decided = buckets if state.scope == "bucket" else [[p for bucket in buckets for p in bucket]]
+        decided = buckets if state.scope != "model" else [[p for bucket in buckets for p in bucket]]
         spans.append([_elements(probe, parameters) for parameters in decided])
         assert [_elements(probe, d.parameters) for d in state.decisions] == spans[-1]
         assert state.agreement is not None

@@ -67,6 +67,14 @@ def test_half_the_bytes_and_momenta_equal_the_oracle_too(gloo_ranks: Ranks, sett
     assert [waited for _, waited in outcomes] == [[]] * 3
 
 
+@pytest.mark.parametrize("settings", [{}, {"scope": "model"}, {"exchange": "gather"}, {"watch": True}], ids=str)
+def test_the_rule_without_a_threshold_has_no_host_sync(gloo_ranks: Ranks, settings: dict[str, Any]) -> None:
+    gradients = torch.stack([agreeing_gradients(3, sum(SIZES), seed) for seed in range(4)])
+    gradients[2, -1, 5] = torch.nan
+    outcomes = gloo_ranks(3, follow_without_streams, gradients, settings)
+    assert [waited for _, waited in outcomes] == [[]] * 3
+
+
 WRONG = ["tau on rank 1", "nan", "inf", "-0.5"]
 
 
@@ -93,7 +101,7 @@ def error_of(call: Callable[[], object]) -> str:
 
 def ask_summaries(device: torch.device, scope: str, how: str) -> list[str]:
     """Return what summaries say: after good steps, after one more that went wrong, and after 70 more good ones."""
-    model, state = ddp(Probe(SIZES), device, **TINY), GAFState(scope=scope)  # type: ignore[arg-type]
+    model, state = ddp(Probe(SIZES), device, **TINY), GAFState(tau=1.0, scope=scope)  # type: ignore[arg-type]
     model.register_comm_hook(state, gaf_hook)
     said = []
     for steps, change in ((2, go_right), (1, lambda state: go_wrong(state, how)), (70, go_right)):
@@ -107,7 +115,7 @@ def ask_summaries(device: torch.device, scope: str, how: str) -> list[str]:
 def ask_steps(device: torch.device, how: str) -> list[str]:
     """Return what an optimizer says that waits for the device: before and after going wrong."""
     probe = Probe(SIZES)
-    model, state = ddp(probe, device, **TINY), GAFState()
+    model, state = ddp(probe, device, **TINY), GAFState(tau=1.0)
     model.register_comm_hook(state, gaf_hook)
     optimizer = torch.optim.SGD(probe.parameters(), lr=0.1)
     skip_on_disagreement(optimizer, state)

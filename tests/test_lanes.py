@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gaf_ddp import GAFState, gaf_hook
-from gaf_ddp.overlap import ThreadLane, open_lane
-from tests.nets import assert_replicas_equal, batches, ddp, mlp
+from gaf_ddp.lanes import ThreadLane, open_lane
+from gaf_ddp.peer import PeerExchange
+from tests.nets import assert_replicas_equal, batches, ddp, mlp, world
 
 Ranks = Callable[..., list[Any]]
 
@@ -45,7 +46,7 @@ def train_with_delays(device: torch.device, steps: int, scope: str) -> tuple[int
     model.register_comm_hook(state, gaf_hook)
     chance = random.Random(dist.get_rank())
     for p in model.parameters():  # backward computes for a while
-        p.register_post_accumulate_grad_hook(lambda p: time.sleep(chance.uniform(0, 0.003)))
+        p.register_post_accumulate_grad_hook(lambda p: time.sleep(chance.uniform(0, 0.003)))  # type: ignore[no-untyped-call]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     x = torch.randn(3, 12, generator=torch.Generator().manual_seed(dist.get_rank())).to(device)
     for _ in range(steps):
@@ -73,7 +74,8 @@ def train(module: nn.Module, state: GAFState, device: torch.device, steps: int) 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for inputs, labels in batches(dist.get_rank(), steps):
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(inputs.to(device)), labels.to(device)).backward()
+        loss: Any = nn.functional.cross_entropy(model(inputs.to(device)), labels.to(device))
+        loss.backward()
         optimizer.step()
     assert_replicas_equal(module)
 
@@ -116,14 +118,14 @@ class BackwardError(Exception):
 def break_off(device: torch.device, folder: Path, scope: str) -> tuple[int, int, int]:
     """Break the third backward off on all ranks after its first bucket; go on with the state in a new group."""
     state, module = GAFState(tau=1.0, scope=scope), mlp()  # type: ignore[arg-type]
-    calls = []
+    (first, *_), calls = list(module.parameters()), []
 
     def fail(p: Tensor) -> None:
         calls.append(p)
         if len(calls) == 3:
             raise BackwardError
 
-    handle = module[0].weight.register_post_accumulate_grad_hook(fail)  # the last to get its gradient
+    handle = first.register_post_accumulate_grad_hook(fail)  # type: ignore[no-untyped-call]  # the last to get its gradient
     with pytest.raises(BackwardError):
         train(module, state, device, 3)
     handle.remove()
@@ -143,8 +145,8 @@ def test_a_step_broken_off_leaves_nothing_behind(gloo_ranks: Ranks, tmp_path: Pa
 def open_sibling(device: torch.device) -> tuple[float, bool, list[int]]:
     """Return the time-out, whether it is another group, and the ranks of a lane over the ranks of this parity."""
     rank = dist.get_rank()
-    halves = [dist.new_group(ranks, timeout=timedelta(seconds=17)) for ranks in ([0, 2], [1, 3])]
-    lane = open_lane(halves[rank % 2], device)
+    halves: list[Any] = [dist.new_group(ranks, timeout=timedelta(seconds=17)) for ranks in ([0, 2], [1, 3])]
+    lane = open_lane(halves[rank % 2], device, None, 64)
     assert isinstance(lane, ThreadLane)
     dist.all_reduce(torch.ones(1), group=lane.group)
     backend: Any = lane.group._get_backend(device)
@@ -159,7 +161,7 @@ def test_a_lane_has_its_own_group_with_the_parents_ranks_and_timeout(gloo_ranks:
 
 def run_unawaited(device: torch.device) -> None:
     """Let only the promise wait for the work, and find its error where DDP waits and in the next step."""
-    lane = open_lane(dist.distributed_c10d._get_default_group(), device)
+    lane = open_lane(world(), device, None, 64)
     gate, promise = threading.Event(), lane.promise()
 
     def fill() -> None:
@@ -189,30 +191,35 @@ def test_what_is_not_awaited_holds_up_only_its_promise(gloo_ranks: Ranks) -> Non
 def watch_copies(device: torch.device, scope: str) -> list[bool]:
     """Return for each step of many buckets whether DDP copied the first result before the last one was there."""
     model = ddp(nn.Sequential(*(nn.Linear(30, 30, bias=False) for _ in range(4))), device, bucket_cap_mb=0.001)
-    state = GAFState(scope=scope)  # type: ignore[arg-type]
-    model.register_comm_hook(state, gaf_hook)
+    firsts: list[
+        Any
+    ] = []  # the first bucket's parameter and buffer, for each bucket of the step that was sent back
     copied: list[bool] = []
-    take_sent = state.sent
 
-    def sent_with_a_late_last() -> list[Any]:
-        sent = take_sent()
-        if len(sent) < 4:  # DDP's first step has one bucket
-            return sent
-        (first, _), (last, arrive) = sent[0], sent[-1]
-        (parameter,) = first.parameters
+    def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations other than its own
+        if bucket.index() == 0:
+            firsts[:] = [(bucket.parameters()[0], bucket.buffer())]
+        return gaf_hook(state, bucket)
 
-        def arrive_late() -> None:
+    def gather_the_last_one_late(exchange: PeerExchange, *args: Any) -> Callable[[], None]:
+        finish: Callable[[], None] = gather(exchange, *args)
+        firsts.append(firsts[0])
+        if len(firsts) <= 4:  # DDP's first step has one bucket
+            return finish
+
+        def finish_late() -> None:
+            parameter, buffer = firsts[0]
             deadline = time.monotonic() + 5
-            while not (done := torch.equal(parameter.grad.flatten(), first.buffer)):  # type: ignore[union-attr]
-                if time.monotonic() > deadline:
-                    break
+            while not (done := torch.equal(parameter.grad.flatten(), buffer)) and time.monotonic() < deadline:
                 time.sleep(0.001)
             copied.append(done)
-            arrive()
+            finish()
 
-        return [*sent[:-1], (last, arrive_late)]
+        return finish_late
 
-    state.sent = sent_with_a_late_last  # type: ignore[method-assign]
+    kind: Any = PeerExchange
+    gather, kind.gather = kind.gather, gather_the_last_one_late  # in a rank's process, which ends with the test
+    model.register_comm_hook(GAFState(tau=1.0, scope=scope), hook)  # type: ignore[arg-type]
     x = torch.randn(3, 30, generator=torch.Generator().manual_seed(dist.get_rank())).to(device)
     for _ in range(3):
         model.zero_grad()

@@ -10,20 +10,33 @@ from torch import Tensor
 
 from gaf_ddp import GAFState, gaf_hook
 from gaf_ddp.exchange import GatherExchange, ShardedExchange
+from gaf_ddp.judges import ByGradients
 from gaf_ddp.peer import PeerExchange
 from gaf_ddp.pipeline import Pipeline
+from gaf_ddp.sketch_exchange import SketchExchange
 from tests.accelerator import take_accelerators_way
 from tests.nets import Probe, ddp, world
 
 Ranks = Callable[..., list[Any]]
 
 SMALL, LARGE = 40, 100_000
-SCOPES, EXCHANGES = ("bucket", "model"), ("auto", "gather", "sharded")
-ROUTES = [{"scope": scope, "exchange": exchange} for scope in SCOPES for exchange in EXCHANGES]
+SETTINGS: list[dict[str, Any]] = [
+    {"tau": 1.0, "scope": "bucket"},
+    {"tau": 1.0, "scope": "model"},
+    *(
+        {"tau": 1.0, "scope": s, "exchange": e}
+        for s in ("bucket", "model")
+        for e in ("gather", "sharded", "sketch")
+    ),
+    {},
+    {"scope": "model"},
+    {"tau": 1.0, "watch": True},
+    {"exchange": "sharded"},
+]
 
 
 def watch_routes(device: torch.device, as_accelerator: bool) -> list[list[str]]:
-    """Return for each of ROUTES which exchange a small and a large bucket took."""
+    """Return for each of SETTINGS which exchange a small and a large bucket took."""
     if as_accelerator:
         take_accelerators_way()
     taken: dict[int, str] = {}
@@ -37,13 +50,13 @@ def watch_routes(device: torch.device, as_accelerator: bool) -> list[list[str]]:
 
         kind.scatter = watched  # in a rank's process, which ends with the test
 
-    for kind in (GatherExchange, ShardedExchange, PeerExchange):
+    for kind in (GatherExchange, ShardedExchange, PeerExchange, SketchExchange):
         watch(kind)
     found = []
-    for settings in ROUTES:
+    for settings in SETTINGS:
         taken.clear()
         model = ddp(Probe([LARGE, SMALL]), device, bucket_cap_mb=0.0001)
-        model.register_comm_hook(GAFState(**settings), gaf_hook)  # type: ignore[arg-type]
+        model.register_comm_hook(GAFState(**settings), gaf_hook)
         for _ in range(2):  # DDP's first step has one bucket
             model(torch.ones(LARGE + SMALL, device=device)).backward()
         found.append([taken[SMALL], taken[LARGE]])
@@ -52,8 +65,9 @@ def watch_routes(device: torch.device, as_accelerator: bool) -> list[list[str]]:
 
 def routes(sharded: str, small_in_bucket_scope: str) -> list[list[str]]:
     """Return what `watch_routes` should."""
-    auto, gather = [small_in_bucket_scope, sharded], ["GatherExchange"] * 2
-    return [auto, gather, [sharded] * 2, [sharded] * 2, gather, [sharded] * 2]
+    gather, shard, sketch = ([name] * 2 for name in ("GatherExchange", sharded, "SketchExchange"))
+    exact = [gather, shard, sketch]
+    return [[small_in_bucket_scope, sharded], shard, *exact, *exact, sketch, sketch, sketch, shard]
 
 
 def test_on_the_cpu_auto_never_gathers(gloo_ranks: Ranks) -> None:
@@ -73,8 +87,8 @@ def test_gpus_do_so_too(nccl_ranks: Ranks) -> None:
 
 def take_from_two_devices(device: torch.device) -> None:
     """Let a bucket come from another device than the first one; one without memory stands for it."""
-    settings: dict[str, Any] = {"scope": "bucket", "exchange": "auto", "wire_dtype": None, "vote_momentum": 0.0}
-    pipeline = Pipeline(world(), device, **settings)
+    settings: dict[str, Any] = {"scope": "bucket", "exchange": "auto", "wire_dtype": None, "sketch_size": 64}
+    pipeline = Pipeline(world(), device, watch=False, judge=ByGradients(), **settings)
     with pytest.raises(ValueError, match=r"all parameters .* must be on one device, found .* and meta"):
         pipeline.take(SimpleNamespace(buffer=lambda: torch.zeros(4, device="meta")), 0)
 
