@@ -165,7 +165,7 @@ class ByConsensus:
         """Return memories and momenta, in the order of the last step's buckets, as bytes without code."""
         file = io.BytesIO()
         memories = [memory.state_dict() for memory in self._memories.values()]
-        momenta = [momenta.cpu() for momenta in self._momenta.values()] if with_momenta else []
+        momenta = [momenta.cpu() for momenta in self._momenta.values() or self._loaded] if with_momenta else []
         torch.save({"scope": self._scope, "momenta": momenta, "memories": memories}, file)
         return file.getvalue()
 
@@ -175,16 +175,18 @@ class ByConsensus:
         Raises:
             ValueError: content is something else; nothing is changed then.
         """
+        memory = ConsensusMemory(self._ratio)
         try:
             found: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
             scope, momenta, memories = found["scope"], found["momenta"], found["memories"]
+            if memories:
+                memory.load_state_dict(memories[0])
         except Exception as error:
-            raise ValueError(f"memory must be what state_dict() returned, found {content[:40]!r}") from error
+            raise ValueError(f"memory must be what state_dict() returned, found {content!r:.60}") from error
         if scope == self._scope:
             self._loaded, self._steps = momenta, 0
             if scope != "bucket" and memories:
-                self._memories[None] = memory = ConsensusMemory(self._ratio)
-                memory.load_state_dict(memories[0])
+                self._memories[None] = memory
 
 
 class _Remembered(Weighting):
