@@ -24,7 +24,7 @@ class Agreement:
 
     Attributes:
         gramian: `(W, W)`, inner products between the ranks' gradients, as measured; with `vote_momentum` between
-            their momenta.
+            their momenta; in running scope with the last step's for buckets still to come.
         cosine: `(W, W)` float64, cosines between the voters; 0 beside a rank that is no voter.
         weights: `(W,)`, each rank's share of the result.
         kept: bool `(W,)`, weight is not 0.

@@ -155,6 +155,9 @@ class ByConsensus:
                 self._momenta[key] = move(self._momenta[key], moves)
             for matrices in self._matrices.values():
                 matrices[0] = move(move(matrices[0], moves).mT, moves)
+        for _, voters in self._last.values():  # who broke down in this step may be well in the next
+            for matrices in self._matrices.values():
+                matrices[1].masked_fill_(~(voters[:, None] & voters[None, :]), 0)
         self._memories = {unit: memory for unit, memory in self._memories.items() if unit in self._last}
         self._last, self._used = {}, []
         self._steps += 1

@@ -76,7 +76,8 @@ class _Veto:
 
         def closure_then_veto() -> Any:
             loss = closure()
-            self._drop_gradients(optimizer)
+            if not self._state.watch:
+                self._drop_gradients(optimizer)
             return loss
 
         return (this, closure_then_veto, *given[1:]), {k: v for k, v in kwargs.items() if k != "closure"}
@@ -93,6 +94,8 @@ class _Veto:
         self._borrowed = None
 
     def _veto(self, optimizer: Any) -> None:
+        if self._state.watch:
+            return
         if self._state.scope == "model" and self._state.decisions and self._reads_found_inf(optimizer):
             disagreed = (~self._state.decisions[0].agreement.agreed).float()
             self._borrowed = {k: v for k, v in vars(optimizer).items() if k in ("found_inf", "grad_scale")}

@@ -21,6 +21,7 @@ from gaf_ddp.weighting import Mean, NeighborhoodAgreement, require_tau
 
 _logger = logging.getLogger(__name__)
 _VERSION = 1  # of what state_dict returns
+_NOTHING = b"-"  # no memory; `torch.load` refuses b"" where it unpickles no code
 
 
 class GAFState:
@@ -168,7 +169,7 @@ class GAFState:
         torch.distributed.checkpoint into a fresh state, and at another world size. Momenta are in the memory where
         every rank has them whole: of gathered sketches. Others begin anew, as those of `vote_momentum` do.
         """
-        memory = self._judge.dump(self.exchange == "sketch") if isinstance(self._judge, ByConsensus) else b""
+        memory = self._judge.dump(self.exchange == "sketch") if isinstance(self._judge, ByConsensus) else _NOTHING
         return {"version": _VERSION, "step": self.step, "meter": self._meter.state_dict(), "memory": memory}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -186,8 +187,10 @@ class GAFState:
         step = state_dict["step"]
         require(type(step) is int and step >= 0, "state_dict's step must be an integer >= 0", step)
         judge = self._new_judge()
-        if isinstance(judge, ByConsensus) and state_dict["memory"] != b"":
-            judge.load(state_dict["memory"])
+        memory = state_dict["memory"]
+        require(isinstance(memory, bytes), "state_dict's memory must be bytes", memory)
+        if isinstance(judge, ByConsensus) and memory != _NOTHING:
+            judge.load(memory)
         self._meter.load_state_dict(state_dict["meter"])
         self.step = step
         self._judge = judge
