@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gaf_ddp import GAFState, Mean, NeighborhoodAgreement, SequentialAgreement, gaf_hook
+from gaf_ddp import ConsensusAgreement, GAFState, Mean, NeighborhoodAgreement, SequentialAgreement, gaf_hook
 from gaf_ddp.agreement import decide
 from gaf_ddp.pipeline import Decision
 from tests.gradients import random_gradients
@@ -48,9 +48,14 @@ class TestSettings:
             ({"tau": True}, r"tau must be a cosine distance in \[0, 2\], found True"),
             ({"tau": 1.0, "weighting": Mean()}, "tau and weighting exclude each other: .* found 1.0"),
             ({"weighting": 0.9}, "weighting must be callable or None, found 0.9"),
-            ({"scope": "layer"}, "scope must be 'bucket' or 'model', found 'layer'"),
-            ({"scope": None}, "scope must be 'bucket' or 'model', found None"),
-            ({"exchange": "ring"}, "exchange must be 'auto', 'sharded' or 'gather', found 'ring'"),
+            ({"scope": "layer"}, "scope must be 'bucket', 'model', 'running' or None, found 'layer'"),
+            ({"tau": 1.0, "scope": "running"}, "scope must be 'bucket' or 'model', found 'running'"),
+            ({"weighting": Mean(), "scope": "running"}, "scope must be 'bucket' or 'model', found 'running'"),
+            ({"exchange": "ring"}, "exchange must be 'auto', 'sketch', 'sharded' or 'gather', found 'ring'"),
+            ({"sketch_size": 63}, "sketch_size must be an integer >= 64, found 63"),
+            ({"sketch_size": 64.0}, "sketch_size must be an integer >= 64, found 64.0"),
+            ({"watch": 1}, "watch must be True or False, found 1"),
+            ({"watch": True, "exchange": "gather"}, "watch is for exchange 'sketch', found 'gather'"),
             ({"start_step": -1}, "start_step must be an integer >= 0, found -1"),
             ({"start_step": 1.5}, "start_step must be an integer >= 0, found 1.5"),
             ({"start_step": True}, "start_step must be an integer >= 0, found True"),
@@ -63,6 +68,10 @@ class TestSettings:
             ({"vote_momentum": 1}, r"vote_momentum must be a number in \[0, 1\), found 1"),
             ({"vote_momentum": -0.1}, r"vote_momentum must be a number in \[0, 1\), found -0.1"),
             ({"vote_momentum": None}, r"vote_momentum must be a number in \[0, 1\), found None"),
+            (
+                {"vote_momentum": 0.5},
+                "the consensus rule has momenta of its own: vote_momentum must be 0, found 0.5",
+            ),
             ({"max_norm_ratio": True}, "max_norm_ratio must be None or a number >= 1, found True"),
         ],
         ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -88,7 +97,11 @@ class TestSettings:
             {"max_norm_ratio": float("inf")},
             {"max_norm_ratio": None},
             {"vote_momentum": 0},
-            {"vote_momentum": 0.9},
+            {"vote_momentum": 0.9, "tau": 1.0},
+            {"weighting": ConsensusAgreement(2.0), "scope": "running"},
+            {"sketch_size": 64},
+            {"watch": True},
+            {"watch": True, "tau": 1.0},
         ],
         ids=str,
     )
@@ -99,11 +112,16 @@ class TestSettings:
 
     def test_defaults(self) -> None:
         state = GAFState()
-        assert isinstance(state._weighting_now(), NeighborhoodAgreement)
-        assert (state.tau, state.scope, state.exchange, state.start_step) == (1.0, "bucket", "auto", 0)
+        assert isinstance(state._weighting_now(), ConsensusAgreement)
+        assert (state.tau, state.scope, state.exchange, state.start_step) == (None, "running", "sketch", 0)
         assert (state.process_group, state.weighting, state.wire_dtype) == (None, None, None)
-        assert (state.max_norm_ratio, state.vote_momentum) == (10, 0)
+        assert (state.max_norm_ratio, state.vote_momentum, state.sketch_size, state.watch) == (10, 0, 4096, False)
         assert (state.step, state.agreement, state.decisions, state.summary()) == (0, None, [], {})
+
+    @pytest.mark.parametrize("settings", [{"tau": 1.0}, {"weighting": Mean()}], ids=str)
+    def test_defaults_of_other_rules(self, settings: dict[str, Any]) -> None:
+        state = GAFState(**settings)
+        assert (state.scope, state.exchange) == ("bucket", "auto")
 
     def test_a_rank_outside_the_group_is_told(self, gloo_ranks: Ranks) -> None:
         found = gloo_ranks(2, make_state_of_a_part)
@@ -173,7 +191,7 @@ class TestSummary:
         assert ["raise tau or the batch size per rank" in message for message in caplog.messages] == [True] * warns
 
     def test_gradients_that_are_not_finite_are_not_blamed_on_tau(self, caplog: pytest.LogCaptureFixture) -> None:
-        state = GAFState(wire_dtype=torch.float16)
+        state = GAFState(tau=0.5, wire_dtype=torch.float16)
         end_step(state, torch.full((3, 3), torch.inf))
         with caplog.at_level(logging.WARNING, logger="gaf_ddp"):
             state.summary()
@@ -223,7 +241,7 @@ def judge_in_their_dtype(device: torch.device) -> list[float]:
     errors = []
     for dtypes in ([torch.float32] * 2, [torch.float64] * 2, [torch.float32, torch.float64]):
         model = ddp(Probe([5000, 5000], dtypes), device)
-        state = GAFState(scope="model")
+        state = GAFState(tau=1.0, scope="model")
         model.register_comm_hook(state, gaf_hook)
         gradients = random_gradients(2, 10_000)  # what float32 can hold
         model(gradients[dist.get_rank()].double().to(device)).backward()
