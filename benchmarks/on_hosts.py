@@ -1,9 +1,11 @@
-"""Run a benchmark with every rank on a host of its own, at a link speed of your choice, on this one machine.
+"""Run a benchmark on several hosts, at a link speed of your choice, on this one machine.
 
     python -m benchmarks.on_hosts --hosts 4 --rate 1gbit benchmarks.step_time --interface eth0 --model resnet18
+    python -m benchmarks.on_hosts --hosts 2 --ranks-per-host 4 benchmarks.step_time --interface eth0
 
-The hosts are network namespaces on a bridge; each may send at the given rate (tc words). Needs root and iproute2.
-They share this machine's cores: what is slow about computing stays slow.
+The hosts are network namespaces on a bridge; each may send at the given rate (tc words), all its ranks together;
+what these send each other is not slowed. Needs root and iproute2. They share this machine's cores: what is slow
+about computing stays slow.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 from benchmarks.command_line import described, positive
 from tools.hosts import Hosts, why_no_hosts
@@ -25,7 +28,7 @@ def rate(text: str) -> str:
     return text
 
 
-def wait(processes: list[subprocess.Popen[bytes]]) -> int:
+def wait(processes: Sequence[subprocess.Popen[str]]) -> int:
     """Wait for all to end, or for the first to fail; none is left. Return the first failure's code, 0 without."""
     try:
         while None in (codes := [process.poll() for process in processes]) and not any(codes):
@@ -42,6 +45,7 @@ def arguments() -> argparse.Namespace:
     """Return the command line."""
     parser = described(__doc__)
     parser.add_argument("--hosts", type=positive, default=4)
+    parser.add_argument("--ranks-per-host", type=positive, default=1)
     parser.add_argument("--rate", type=rate, help="what each host may send; unlimited if not given")
     parser.add_argument("module", help="the benchmark, e.g. benchmarks.step_time")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="what it is given")
@@ -54,28 +58,17 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Start one rank per host, wait for all, and pass on the first failure."""
+    """Start the ranks, wait for all, and pass on the first failure."""
     given = arguments()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ranks and hosts go first
-    shared = {
-        **os.environ,
-        "WORLD_SIZE": str(given.hosts),
-        "LOCAL_RANK": "0",
-        "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": "10.0.0.1",
-        "MASTER_PORT": "29500",
-        "GLOO_SOCKET_IFNAME": "eth0",
+    link = f"one machine, {given.rate or 'unlimited'} per host"
+    os.environ |= {
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",  # hosts that share a GPU can form no NCCL group
-        "GAF_DDP_LINK": f"one machine, {given.rate or 'unlimited'} per host",  # for the results' hardware
+        "GAF_DDP_LINK": link + f" of {given.ranks_per_host} ranks" * (given.ranks_per_host > 1),  # for the results
     }
-    command = [sys.executable, "-m", given.module, *given.arguments]
     with Hosts(given.hosts, given.rate) as hosts:
-        processes: list[subprocess.Popen[bytes]] = []
-        for rank, name in enumerate(hosts.names):
-            host = ["ip", "netns", "exec", name]
-            processes.append(subprocess.Popen([*host, *command], env={**shared, "RANK": str(rank)}))
-        code = wait(processes)
+        code = wait(hosts.start([sys.executable, "-m", given.module, *given.arguments], given.ranks_per_host))
     sys.exit(code if code >= 0 else 128 - code)
 
 

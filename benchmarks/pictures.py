@@ -104,6 +104,32 @@ def draw_batches(results: list[dict[str, Any]], path: Path) -> None:
     _save(figure, results, path)
 
 
+def draw_scaling(result: dict[str, Any], path: Path) -> None:
+    """Draw time and bytes relative to an all-reduce, over W: the model, and dots where it was measured."""
+    figure, axes = _pyplot().subplots(1, 2, figsize=(10, 4), layout="constrained")
+    rows = result["rows"]
+    worlds = [row["W"] for row in rows]
+    titles = {"time_ratio": "Time, all-reduce = 1 (dots: measured)", "bytes_ratio": "Bytes sent, all-reduce = 1"}
+    for axis, (key, title) in zip(axes, titles.items(), strict=True):
+        for name, colour in (("sharded", "#0072B2"), ("gather", "#D55E00")):
+            values = [row[name][key] for row in rows]
+            axis.plot(worlds, values, color=colour)
+            at = len(worlds) // 2 - 1
+            axis.annotate(name, (worlds[at], values[at]), textcoords="offset points", xytext=(0, 8), color=colour)
+        axis.axhline(1.0, color="0.6", linewidth=1)
+        axis.set(xscale="log", yscale="log", xlabel="ranks W", title=title)
+        axis.set_xticks(worlds, [str(w) for w in worlds])
+        axis.minorticks_off()
+        axis.spines[["top", "right"]].set_visible(False)
+    points = [row["measured"] for row in rows if row["measured"]]
+    ratios = [point["sharded"] / point["all_reduce"] for point in points]
+    axes[0].plot([point["W"] for point in points], ratios, "o", color="#0072B2")
+    megabytes = result["hardware"]["bucket_bytes"] / 2**20
+    figure.suptitle(f"One bucket of {megabytes:.0f} MB: model, with constants measured on this machine")
+    figure.supxlabel(machine(result["hardware"]), fontsize=8, color="0.4")
+    figure.savefig(path, dpi=120)
+
+
 def _by_batch(results: list[dict[str, Any]], hook: str, world: int) -> dict[int, list[float]]:
     """Return each run's ratio of backward, by the images of each rank in a step."""
     found: dict[int, list[float]] = {}

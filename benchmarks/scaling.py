@@ -1,20 +1,17 @@
-"""What the filter costs from W = 2 to 1024, from an alpha-beta model with constants measured here, and a check.
+"""What the filter costs from W = 2 to 1024, from the model in cost.py with constants measured here, and a check.
 
     torchrun --standalone --nproc-per-node 8 -m benchmarks.scaling --json out.json --plot out.png
 
-A message of s bytes takes `alpha + beta s`. A ring all-reduce of S bytes is 2 (W − 1) messages of S/W. The sharded
-filter is W − 1 messages of S/W out and as many back, a ring all-reduce of the Gramian, one pass of
-gram and one of combine over S bytes, and the decision. The gather filter is W − 1 messages of S, a broadcast of
-the Gramian, passes over W S bytes and an all-reduce. Constants come from two ranks (alpha, beta) and from one
-(passes, decision); subgroups of 2, 4, … ranks are then measured beside the model. Where ranks share cores, as on
-one machine, the measured points hold the others' work too and lie above it.
+alpha and beta come from two ranks, of two hosts if there are several; the passes and the decision from one. Groups
+of the first 2, 4, … ranks are then measured beside the model. `bytes` are those that leave a host, relative to an
+all-reduce's; --ranks-per-host asks for hosts of another size than these. Where ranks share cores, as on one
+machine, the measured points hold the others' work too and lie above the model.
 """
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -23,6 +20,7 @@ import torch.distributed as dist
 
 from benchmarks.collectives import exchanges, filter_bucket
 from benchmarks.command_line import described, new_file, positive, size_in_bytes
+from benchmarks.cost import WORLD_SIZES, Constants, predict
 from benchmarks.measure import (
     Timings,
     banner,
@@ -30,69 +28,30 @@ from benchmarks.measure import (
     end_ranks,
     hardware,
     interleaved,
-    machine,
     say,
     start_ranks,
     write_json,
 )
+from benchmarks.pictures import draw_scaling
 from gaf_ddp import NeighborhoodAgreement, combine, gram
 from gaf_ddp.agreement import decide
-from gaf_ddp.collectives import reduced_numbers
-
-WORLD_SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
-@dataclass(frozen=True)
-class Constants:
-    """What one machine is measured to do."""
-
-    alpha: float  # seconds per message
-    beta: float  # seconds per byte sent
-    gram: float  # seconds per byte of rows
-    combine: float  # seconds per byte of rows
-    decision: dict[int, float]  # seconds by W
+def ranks_of_a_host() -> int:
+    """Return how many ranks share a host, 1 if there is only one host: its ranks stand for hosts then."""
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    return local if local < dist.get_world_size() else 1
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Of one bucket, per rank."""
-
-    seconds: float
-    bytes_sent: float
-    memory: float  # bytes beside the bucket
-
-
-def all_reduce(world: int, size: float, c: Constants) -> Cost:
-    """Return the cost of a ring all-reduce."""
-    sent = 2 * (world - 1) / world * size
-    return Cost(2 * (world - 1) * c.alpha + sent * c.beta, sent, 0.0)
-
-
-def sharded(world: int, size: float, c: Constants) -> Cost:
-    """Return the cost of the sharded filter."""
-    gramian = all_reduce(world, 8 * (reduced_numbers(world) + world), c)
-    travel = 2 * (world - 1) * c.alpha + 2 * (world - 1) / world * size * c.beta
-    seconds = travel + gramian.seconds + size * (c.gram + c.combine) + c.decision[world]
-    return Cost(seconds, 2 * (world - 1) / world * size + gramian.bytes_sent, size + 8 * world**2)
-
-
-def gather(world: int, size: float, c: Constants) -> Cost:
-    """Return the cost of the gather filter."""
-    reduce, sent = all_reduce(world, size, c), (world - 1) * size
-    seconds = (world - 1) * c.alpha + sent * c.beta + reduce.seconds + 8 * world**2 * c.beta + c.alpha
-    seconds += world * size * c.gram + size * c.combine + c.decision[world]
-    return Cost(seconds, sent + reduce.bytes_sent, world * size + 8 * world**2)
-
-
-def subgroup(world: int) -> dist.ProcessGroup | None:
-    """Return a group of the first ranks, None on the others."""
-    group = dist.new_group(list(range(world)))
-    return group if isinstance(group, dist.ProcessGroup) and dist.get_rank() < world else None
+def subgroup(ranks: Sequence[int]) -> dist.ProcessGroup | None:
+    """Return a group of these ranks, None on the others."""
+    group = dist.new_group(list(ranks))
+    return group if isinstance(group, dist.ProcessGroup) and dist.get_rank() in ranks else None
 
 
 def measure_constants(size: int, device: torch.device, repeats: int) -> Constants:
-    """Return the constants, from the first rank and the first two; every rank gets rank 0's."""
-    first, pair = subgroup(1), subgroup(2)
+    """Return the constants, from the first ranks of the first two hosts; every rank gets rank 0's."""
+    first, pair = subgroup([0]), subgroup([0, ranks_of_a_host()])
     found: list[Constants | None] = [None]
     # The others wait meanwhile, and compute nothing.
     passes = {} if first is None else measure_passes(first, size, device, repeats)
@@ -142,8 +101,8 @@ def medians(timings: Timings) -> dict[str, float]:
 def measure_points(size: int, device: torch.device, repeats: int) -> list[dict[str, float]]:
     """Return the measured seconds over the first 2, 4, … ranks while the others wait."""
     points = []
-    for world in (w for w in WORLD_SIZES if w <= dist.get_world_size()):
-        group = subgroup(world)
+    for world in (w for w in WORLD_SIZES if 2 * ranks_of_a_host() <= w <= dist.get_world_size()):
+        group = subgroup(range(world))
         if group is not None:
             plain, bucket = torch.randn(2, size // 4, device=device)
             exchange = exchanges(group, device)["sharded"]
@@ -155,58 +114,6 @@ def measure_points(size: int, device: torch.device, repeats: int) -> list[dict[s
             points.append({"W": world} | medians(timings))
         dist.barrier()
     return points
-
-
-def draw(rows: list[dict[str, Any]], points: list[dict[str, float]], facts: dict[str, Any], path: Path) -> None:
-    """Write the picture: time and bytes relative to an all-reduce, over W."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    worlds = [row["W"] for row in rows]
-    for axis, key, title in zip(axes, ("time_ratio", "bytes_ratio"), ("Time", "Bytes sent"), strict=True):
-        for name, colour in (("sharded", "#0072B2"), ("gather", "#D55E00")):
-            values = [row[name][key] for row in rows]
-            axis.plot(worlds, values, color=colour)
-            axis.annotate(name, (worlds[4], values[4]), textcoords="offset points", xytext=(0, 8), color=colour)
-        axis.axhline(1.0, color="0.6", linewidth=1)
-        axis.set(xscale="log", yscale="log", xlabel="ranks W", title=f"{title}, all-reduce = 1")
-        axis.set_xticks(worlds, [str(w) for w in worlds])
-        axis.minorticks_off()
-        axis.spines[["top", "right"]].set_visible(False)
-    measured = [(p["W"], p["sharded"] / p["all_reduce"]) for p in points]
-    axes[0].plot(*zip(*measured, strict=True), "o", color="#0072B2")
-    axes[0].set_title("Time, all-reduce = 1 (dots: measured)")
-    megabytes = facts["bucket_bytes"] / 2**20
-    figure.suptitle(f"One bucket of {megabytes:.0f} MB: model, with constants measured on this machine")
-    figure.supxlabel(machine(facts), fontsize=8, color="0.4")
-    figure.savefig(path, dpi=120)
-
-
-def predict(constants: Constants, points: list[dict[str, float]], size: int) -> list[dict[str, Any]]:
-    """Return one row per W: the model, and what was measured there."""
-    rows = []
-    for world in WORLD_SIZES:
-        plain = all_reduce(world, size, constants)
-        row: dict[str, Any] = {
-            "W": world,
-            "all_reduce_ms": plain.seconds * 1e3,
-            "decision_us": constants.decision[world] * 1e6,
-            "measured": next((p for p in points if p["W"] == world), None),
-        }
-        for name, cost in (
-            ("sharded", sharded(world, size, constants)),
-            ("gather", gather(world, size, constants)),
-        ):
-            row[name] = {
-                "time_ratio": cost.seconds / plain.seconds,
-                "bytes_ratio": cost.bytes_sent / plain.bytes_sent,
-                "memory_buckets": cost.memory / size,
-            }
-        rows.append(row)
-    return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -229,6 +136,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 def arguments() -> argparse.Namespace:
     """Return the command line."""
     parser = described(__doc__)
+    parser.add_argument(
+        "--ranks-per-host", type=int, choices=[1, 2, 4, 8, 16], help="in the model; default: as here"
+    )
     parser.add_argument("--size", type=size_in_bytes, default=25 * 2**20, help="bytes of the bucket")
     parser.add_argument("-n", "--repeats", type=positive, default=7)
     parser.add_argument("--json", type=new_file, help="write the rows here")
@@ -248,18 +158,21 @@ def main() -> None:
     if dist.get_world_size() < 2:
         raise SystemExit("scaling needs at least two ranks: torchrun --nproc-per-node 2, found 1")
     constants = measure_constants(given.size, device, given.repeats)
-    points = measure_points(given.size, device, given.repeats)
+    ranks_per_host = given.ranks_per_host or ranks_of_a_host()
+    here = ranks_per_host == ranks_of_a_host()
+    points = measure_points(given.size, device, given.repeats) if here else []
     facts = hardware(device) | {
         "bucket_bytes": given.size,
+        "ranks_per_host": ranks_per_host,
         "alpha_us": constants.alpha * 1e6,
         "beta_ns_per_byte": constants.beta * 1e9,
     }
-    rows = predict(constants, points, given.size)
+    rows = predict(constants, points, given.size, ranks_per_host)
     say(banner(facts))
     say(table(rows))
     write_json(given.json, facts, rows)
     if given.plot and dist.get_rank() == 0:
-        draw(rows, points, facts, given.plot)
+        draw_scaling({"hardware": facts, "rows": rows}, given.plot)
     end_ranks()
 
 

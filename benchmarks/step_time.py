@@ -2,17 +2,18 @@
 
     torchrun --standalone --nproc-per-node 4 -m benchmarks.step_time --model resnet18 --json out.json
 
-Every candidate trains its own copy of the model; the copies take turns, step by step. Times are medians of the
-repeats, ratios are medians over repeats of candidate to plain DDP, with the lowest and highest. `backward` holds
-the communication; `step` is forward, backward and optimizer. `memory` is the peak of one step beyond plain DDP's,
-in gradients, on GPUs (`collectives.py` measures it on CPUs). `bytes` counts what this rank's interface sent in one
-step, relative to plain DDP, where --interface names one (all ranks' on a shared loopback).
+Every hook trains its own copy of the model; the copies take turns, step by step. Times are medians of the repeats,
+ratios are medians over repeats of the hook to plain DDP, with the lowest and highest. `backward` holds the
+communication; `step` is forward, backward and optimizer. `memory` is the peak of one step beyond plain DDP's, in
+gradients, on GPUs (`collectives.py` measures it on CPUs). `bytes` counts what the hosts sent in one step, relative
+to plain DDP, through the interface that --interface names: what left them, or with lo all that ranks on one host
+sent.
 """
 
 import argparse
+import os
 import time
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -20,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.candidates import candidates, wrap
 from benchmarks.command_line import described, new_file, positive
+from benchmarks.hooks import Hook, hooks, wrap
 from benchmarks.measure import (
     Timings,
     banner,
@@ -35,6 +36,7 @@ from benchmarks.measure import (
     synchronize,
     write_json,
 )
+from tools.hosts import bytes_sent
 
 
 def build(name: str, size: int) -> tuple[nn.Module, tuple[int, ...]]:
@@ -48,11 +50,20 @@ def build(name: str, size: int) -> tuple[nn.Module, tuple[int, ...]]:
     return getattr(torchvision.models, name)(num_classes=10), (3, size, size)
 
 
-class Lane:
-    """One candidate: a model of its own, its optimizer, and one step to be timed."""
+def interface(text: str) -> str:
+    """Return the name of a network interface of this host, as a type of arguments."""
+    try:
+        bytes_sent(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a network interface of this host, found {text!r}") from None
+    return text
 
-    def __init__(self, candidate: Any, model: nn.Module, device: torch.device) -> None:
-        self._model = wrap(candidate, model.to(device), device)
+
+class Training:
+    """One hook's: a model of its own, its optimizer, and one step to be timed."""
+
+    def __init__(self, hook: Hook, model: nn.Module, device: torch.device) -> None:
+        self._model = wrap(hook, model.to(device), device)
         self._optimizer = torch.optim.SGD(self._model.parameters(), lr=1e-3)
         self._device = device
 
@@ -73,44 +84,37 @@ class Lane:
         return time.perf_counter() - begin, result
 
 
-def sent_bytes(interface: str | None) -> int:
-    """Return what the interface has sent so far, 0 without one."""
-    for line in Path("/proc/net/dev").read_text().splitlines() if interface else []:
-        name, _, counters = line.partition(":")
-        if name.strip() == interface:
-            return int(counters.split()[8])
-    if interface:
-        raise SystemExit(f"--interface must be a network interface of this host, found {interface}")
-    return 0
-
-
-def measure(lanes: dict[str, Lane], inputs: Tensor, repeats: int) -> tuple[Timings, Timings]:
-    """Return the seconds of backward and of the step, by candidate; three rounds of warm-up first."""
-    backward: Timings = {name: [] for name in lanes}
-    step: Timings = {name: [] for name in lanes}
+def measure(trainings: dict[str, Training], inputs: Tensor, repeats: int) -> tuple[Timings, Timings]:
+    """Return the seconds of backward and of the step, by hook; three rounds of warm-up first."""
+    backward: Timings = {name: [] for name in trainings}
+    step: Timings = {name: [] for name in trainings}
     for turn in range(3 + repeats):
-        for name, lane in lanes.items():
-            times = lane.step(inputs)
+        for name, training in trainings.items():
+            times = training.step(inputs)
             if turn >= 3:
                 backward[name].append(times[0])
                 step[name].append(times[1])
     return mean_over_ranks(backward, inputs.device), mean_over_ranks(step, inputs.device)
 
 
-def wire_bytes(lanes: dict[str, Lane], inputs: Tensor, interface: str | None) -> dict[str, int]:
-    """Return the bytes sent in one step of each candidate."""
+def wire_bytes(trainings: dict[str, Training], inputs: Tensor, interface: str) -> dict[str, int]:
+    """Return the bytes that the hosts together send in one step with each hook."""
+    counts = os.environ["LOCAL_RANK"] == "0"  # one rank for its host
     found = {}
-    for name, lane in lanes.items():
+    for name, training in trainings.items():
         dist.barrier()
-        before = sent_bytes(interface)
-        lane.step(inputs)
+        before = bytes_sent(interface)
+        dist.barrier()  # another rank of this host must not send before
+        training.step(inputs)
         dist.barrier()
-        found[name] = sent_bytes(interface) - before
+        sent = torch.tensor(bytes_sent(interface) - before if counts else 0, device=inputs.device)
+        dist.all_reduce(sent)
+        found[name] = int(sent)
     return found
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return one aligned line per candidate."""
+    """Return one aligned line per hook."""
     lines = [f"{'hook':<20} {'backward':>9} {'ratio':>6} {'low':>6} {'high':>6} {'step':>9} {'ratio':>6} "
              f"{'memory':>7} {'bytes':>6}"]  # fmt: skip
     for row in rows:
@@ -133,12 +137,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--size", type=positive, default=64, help="the image's edge, or the sequence's length")
     parser.add_argument("--hooks", nargs="+", help="a selection; default all")
     parser.add_argument("-n", "--repeats", type=positive, default=15)
-    parser.add_argument("--interface", help="whose counters to read, e.g. eth0")
+    parser.add_argument("--interface", type=interface, help="of every host, whose counters to read, e.g. eth0")
     parser.add_argument("--json", type=new_file, help="write the rows here")
     parser.add_argument("--append", action="store_true", help="add the run to the list in that file")
     parser.add_argument("--quick", action="store_true", help="a small transformer, four hooks, 3 repeats, instead")
     given = parser.parse_args()
-    sent_bytes(given.interface)  # refuses one that is not there
     if given.quick:
         given.model, given.size, given.batch_size, given.repeats = "transformer", 8, 1, 3
         given.hooks = ["allreduce", "gaf-bucket-sharded", "gaf-model-sharded", "gaf-bucket-bf16"]
@@ -148,7 +151,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure the chosen hooks and print a table."""
     given, device = arguments(), start_ranks()
-    known = candidates()
+    known = hooks()
     chosen = ["ddp", *(name for name in given.hooks or known if name != "ddp")]
     if unknown := set(chosen) - set(known):
         raise SystemExit(f"--hooks must be among {', '.join(known)}, found {', '.join(sorted(unknown))}")
@@ -157,11 +160,11 @@ def main() -> None:
     inputs = torch.randn(given.batch_size, *shape, device=device)
     facts = {**hardware(device), "model": given.model, "gradient_bytes": gradient, "input": list(inputs.shape)}
     say(banner(facts))
-    lanes = {name: Lane(known[name], build(given.model, given.size)[0], device) for name in chosen}
-    backward, step = measure(lanes, inputs, given.repeats)
-    sent = wire_bytes(lanes, inputs, given.interface)
+    trainings = {name: Training(known[name], build(given.model, given.size)[0], device) for name in chosen}
+    backward, step = measure(trainings, inputs, given.repeats)
+    sent = wire_bytes(trainings, inputs, given.interface) if given.interface else {}
     on_gpu = device.type == "cuda"
-    memory = {name: peak_memory(partial(lane.step, inputs), device) for name, lane in lanes.items() if on_gpu}
+    memory = {name: peak_memory(partial(each.step, inputs), device) for name, each in trainings.items() if on_gpu}
     rows = [
         {
             "hook": name,
@@ -170,7 +173,7 @@ def main() -> None:
             "backward": ratio(backward, name, "ddp"),
             "step": ratio(step, name, "ddp"),
             "memory_gradients": (memory[name] - memory["ddp"]) / gradient if on_gpu else None,
-            "bytes_ratio": sent[name] / sent["ddp"] if sent["ddp"] else None,
+            "bytes_ratio": sent[name] / sent["ddp"] if sent.get("ddp") else None,
             "note": known[name].note,
         }
         for name in chosen

@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -65,25 +65,49 @@ class Hosts:
     ) -> None:
         self._remove()
 
-    def run(self, body: Callable[..., Any], *args: Any, folder: Path, timeout: float = 120.0) -> list[Any]:
-        """Call `body(*args)` on a rank on each host, in a gloo group, and return what they returned, in order.
+    def start(
+        self, command: Sequence[str], ranks_per_host: int = 1, output: int | None = None
+    ) -> list[subprocess.Popen[str]]:
+        """Start a command for every rank, on its host, with torchrun's environment; a host's ranks are neighbours.
+
+        output: what subprocess does with what they write; None is ours.
+        """
+        path = [str(_REPOSITORY), os.environ.get("PYTHONPATH", "")]
+        world = {
+            "PYTHONPATH": os.pathsep.join(path),
+            "WORLD_SIZE": str(len(self.names) * ranks_per_host),
+            "LOCAL_WORLD_SIZE": str(ranks_per_host),
+            "MASTER_ADDR": "10.0.0.1",
+            "MASTER_PORT": "29500",
+            "GLOO_SOCKET_IFNAME": "eth0",
+        }
+        return [
+            subprocess.Popen(
+                ["ip", "netns", "exec", self.names[rank // ranks_per_host], *command],
+                env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank % ranks_per_host)},
+                stdout=output,
+                stderr=None if output is None else subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(int(world["WORLD_SIZE"]))
+        ]
+
+    def run(
+        self,
+        body: Callable[..., Any],
+        *args: Any,
+        folder: Path,
+        ranks_per_host: int = 1,
+        timeout: float = 120.0,
+    ) -> list[Any]:
+        """Call `body(*args)` on every rank, in a gloo group, and return what they returned, in order.
 
         Raises RuntimeError with every rank's output if any failed or the time-out (seconds) passed.
         """
         task = folder / f"task-{uuid.uuid4().hex}"
         task.write_bytes(pickle.dumps((body, args)))
-        command = [sys.executable, "-m", "tools.hosts", str(task), str(len(self.names))]
-        processes = [
-            subprocess.Popen(
-                ["ip", "netns", "exec", name, *command, str(rank)],
-                cwd=_REPOSITORY,
-                env={**os.environ, "GLOO_SOCKET_IFNAME": "eth0"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank, name in enumerate(self.names)
-        ]
+        command = [sys.executable, "-m", "tools.hosts", str(task)]
+        processes = self.start(command, ranks_per_host, subprocess.PIPE)
         deadline = time.monotonic() + timeout
         outputs = []
         for process in processes:
@@ -94,7 +118,7 @@ class Hosts:
                 outputs.append(process.communicate()[0] + "did not finish in time")
         if any(process.returncode != 0 for process in processes):
             raise RuntimeError("\n".join(f"rank {rank}: {output}" for rank, output in enumerate(outputs)))
-        return [pickle.loads(_result(task, rank).read_bytes()) for rank in range(len(self.names))]
+        return [pickle.loads(_result(task, rank).read_bytes()) for rank in range(len(processes))]
 
     def _make(self) -> None:
         _ip("netns", "add", self._switch)
@@ -116,13 +140,19 @@ class Hosts:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
-def bytes_sent() -> int:
-    """Return what this process's host has sent through `eth0` so far, TCP/IP and Ethernet headers included."""
+def bytes_sent(interface: str = "eth0") -> int:
+    """Return what this process's host has sent through an interface so far, TCP/IP and Ethernet headers included.
+
+    What ranks on one host send each other does not pass its `eth0`.
+
+    Raises:
+        ValueError: the host has no such interface.
+    """
     for line in Path("/proc/net/dev").read_text().splitlines():
         name, _, counters = line.partition(":")
-        if name.strip() == "eth0":
+        if name.strip() == interface:
             return int(counters.split()[8])
-    raise RuntimeError("this process is not on a host of Hosts: it has no eth0")
+    raise ValueError(f"interface must be a network interface of this host, found {interface!r}")
 
 
 def _ip(*arguments: str) -> None:
@@ -137,8 +167,9 @@ def _result(task: Path, rank: int) -> Path:
     return task.with_name(f"{task.name}-{rank}")
 
 
-def _main(task: Path, world_size: int, rank: int) -> None:
+def _main(task: Path) -> None:
     torch.set_num_threads(1)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group(
         "gloo",
         init_method=f"file://{task}-store",
@@ -155,7 +186,7 @@ def _main(task: Path, world_size: int, rank: int) -> None:
 
 if __name__ == "__main__":
     try:
-        _main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+        _main(Path(sys.argv[1]))
     except Exception:
         traceback.print_exc()
         sys.exit(1)

@@ -18,7 +18,11 @@ from benchmarks import on_hosts
         ("filtering", "-n many", "argument -n/--repeats: must be a whole number from 1, found 'many'"),
         ("step_time", "--batch-size 0", "argument --batch-size: must be a whole number from 1, found '0'"),
         ("step_time", "--size 0", "argument --size: must be a whole number from 1, found '0'"),
-        ("step_time", "--interface eth99", "--interface must be a network interface of this host, found eth99"),
+        (
+            "step_time",
+            "--interface eth99",
+            "--interface: must be a network interface of this host, found 'eth99'",
+        ),
         ("step_time", "--json /", "argument --json: must be a file, found the folder '/'"),
         (
             "step_time",
@@ -61,8 +65,8 @@ def test_help_is_the_whole_docstring(
 
 def test_hosts_end_when_one_fails() -> None:
     started = time.monotonic()
-    fails = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
-    waits = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    fails = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"], text=True)
+    waits = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], text=True)
     assert on_hosts.wait([waits, fails]) == 3
     assert waits.returncode is not None
     assert time.monotonic() - started < 30

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import benchmarks
+from benchmarks.cost import leaving
 from benchmarks.measure import read_runs, write_json
 
 ROOT = Path(benchmarks.__file__).parent.parent
@@ -73,6 +74,11 @@ def test_scaling(tmp_path: Path) -> None:
     assert rows[64]["sharded"]["bytes_ratio"] == pytest.approx(1 + 8 * (64**2 + 64) / 2**20)
     assert rows[128]["sharded"]["bytes_ratio"] == pytest.approx(1 + 8 * (128 * 129 / 2 + 128) / 2**20)
     assert (tmp_path / "out.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("hosts", "ranks", "measured"), [(4, 1, 1.0), (2, 2, 1.33), (2, 4, 2.29), (4, 2, 1.71)])
+def test_what_leaves_a_host_is_what_was_measured(hosts: int, ranks: int, measured: float) -> None:
+    assert leaving(hosts * ranks, ranks) == pytest.approx(measured, abs=0.005)
 
 
 def test_pictures_of_the_committed_results(tmp_path: Path) -> None:

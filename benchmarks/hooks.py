@@ -14,7 +14,7 @@ from gaf_ddp import GAFState, gaf_hook
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Hook:
     """One way to average gradients."""
 
     register: Callable[[DistributedDataParallel], None]
@@ -22,17 +22,17 @@ class Candidate:
     note: str = ""
 
 
-def candidates() -> dict[str, Candidate]:
-    """Return every candidate by name; `ddp` is the baseline."""
+def hooks() -> dict[str, Hook]:
+    """Return every hook by name; `ddp`, the baseline, is none."""
     gloo = dist.get_backend() == "gloo"
     named = {
-        "ddp": Candidate(lambda model: None, note="no hook"),
-        "noop": _hook(debugging_hooks.noop_hook, note="sends nothing: the head-room"),
-        "allreduce": _hook(default_hooks.allreduce_hook),
-        "fp16": _hook(default_hooks.fp16_compress_hook),
-        "bf16": _hook(default_hooks.bf16_compress_hook),
+        "ddp": Hook(lambda model: None, note="no hook"),
+        "noop": _plain(debugging_hooks.noop_hook, note="sends nothing: the head-room"),
+        "allreduce": _plain(default_hooks.allreduce_hook),
+        "fp16": _plain(default_hooks.fp16_compress_hook),
+        "bf16": _plain(default_hooks.bf16_compress_hook),
         # On gloo PowerSGD reorders its collectives between ranks when there are several buckets, and dies.
-        "powersgd": Candidate(_power_sgd, one_bucket=gloo, note="rank 1" + ", one bucket" * gloo),
+        "powersgd": Hook(_power_sgd, one_bucket=gloo, note="rank 1" + ", one bucket" * gloo),
     }
     for scope in ("bucket", "model"):
         for exchange in ("sharded", "gather"):
@@ -42,21 +42,21 @@ def candidates() -> dict[str, Candidate]:
     return named
 
 
-def wrap(candidate: Candidate, model: nn.Module, device: torch.device) -> DistributedDataParallel:
-    """Return the model under DDP with the candidate's hook."""
+def wrap(hook: Hook, model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """Return the model under DDP with the hook."""
     devices = [device] if device.type == "cuda" else None
-    cap = 10_000.0 if candidate.one_bucket else None
+    cap = 10_000.0 if hook.one_bucket else None
     wrapped = DistributedDataParallel(model, device_ids=devices, bucket_cap_mb=cap)
-    candidate.register(wrapped)
+    hook.register(wrapped)
     return wrapped
 
 
-def _hook(hook: Any, note: str = "") -> Candidate:
-    return Candidate(lambda model: model.register_comm_hook(None, hook), note=note)
+def _plain(hook: Any, note: str = "") -> Hook:
+    return Hook(lambda model: model.register_comm_hook(None, hook), note=note)
 
 
-def _gaf(**settings: Any) -> Candidate:
-    return Candidate(lambda model: model.register_comm_hook(GAFState(tau=1.0, **settings), gaf_hook))
+def _gaf(**settings: Any) -> Hook:
+    return Hook(lambda model: model.register_comm_hook(GAFState(tau=1.0, **settings), gaf_hook))
 
 
 def _power_sgd(model: DistributedDataParallel) -> None:

@@ -1,0 +1,93 @@
+"""What one bucket costs a rank: an alpha-beta model of the all-reduce and of the filter's exchanges.
+
+A message of s bytes takes `alpha + beta s`, and those that leave a host share its link. A ring all-reduce of S
+bytes is 2 (W − 1) messages of S/W, of which one rank's leave its host. The sharded filter is W − 1 messages of S/W
+out and as many back, of which every rank's to other hosts leave; a ring all-reduce of the Gramian; one pass of
+gram and one of combine over S bytes; and the decision. The gather filter is a ring all-gather of S, a broadcast of
+the Gramian, passes over W S bytes and an all-reduce.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from gaf_ddp.collectives import reduced_numbers
+
+WORLD_SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What one machine is measured to do."""
+
+    alpha: float  # seconds per message
+    beta: float  # seconds per byte that leaves a host
+    gram: float  # seconds per byte of rows
+    combine: float  # seconds per byte of rows
+    decision: dict[int, float]  # seconds by W
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one bucket: a rank's time and memory, and what leaves its host."""
+
+    seconds: float
+    bytes_sent: float
+    memory: float  # bytes beside the bucket
+
+
+def leaving(world: int, ranks_per_host: int) -> float:
+    """Return how much more leaves a host of an all-to-all and its return than of a ring all-reduce.
+
+    Each of G ranks sends `2 S/W` to each of W − G elsewhere; of a ring, one rank sends `2 (W − 1)/W S` on. The
+    ratio is `G (W − G)/(W − 1)`: 1 for one rank per host, `G² / (2 G − 1)` for two hosts, close to G for many.
+    """
+    return ranks_per_host * (world - ranks_per_host) / (world - 1)
+
+
+def all_reduce(world: int, size: float, c: Constants) -> Cost:
+    """Return the cost of a ring all-reduce."""
+    sent = 2 * (world - 1) / world * size
+    return Cost(2 * (world - 1) * c.alpha + sent * c.beta, sent, 0.0)
+
+
+def sharded(world: int, size: float, c: Constants, ranks_per_host: int = 1) -> Cost:
+    """Return the cost of the sharded filter."""
+    gramian = all_reduce(world, 8 * (reduced_numbers(world) + world), c)  # and a row of messages
+    sent = 2 * (world - 1) / world * size * leaving(world, ranks_per_host)
+    travel = 2 * (world - 1) * c.alpha + sent * c.beta
+    seconds = travel + gramian.seconds + size * (c.gram + c.combine) + c.decision[world]
+    return Cost(seconds, sent + gramian.bytes_sent, size + 8 * world**2)
+
+
+def gather(world: int, size: float, c: Constants) -> Cost:
+    """Return the cost of the gather filter; rings both, so that the hosts' size does not matter."""
+    reduce, sent = all_reduce(world, size, c), (world - 1) * size
+    seconds = (world - 1) * c.alpha + sent * c.beta + reduce.seconds + 8 * world**2 * c.beta + c.alpha
+    seconds += world * size * c.gram + size * c.combine + c.decision[world]
+    return Cost(seconds, sent + reduce.bytes_sent, world * size + 8 * world**2)
+
+
+def predict(
+    constants: Constants, points: list[dict[str, float]], size: int, ranks_per_host: int
+) -> list[dict[str, Any]]:
+    """Return one row per W from two hosts on: the model, and what was measured there."""
+    rows = []
+    for world in (w for w in WORLD_SIZES if w >= 2 * ranks_per_host):
+        plain = all_reduce(world, size, constants)
+        row: dict[str, Any] = {
+            "W": world,
+            "all_reduce_ms": plain.seconds * 1e3,
+            "decision_us": constants.decision[world] * 1e6,
+            "measured": next((p for p in points if p["W"] == world), None),
+        }
+        for name, cost in (
+            ("sharded", sharded(world, size, constants, ranks_per_host)),
+            ("gather", gather(world, size, constants)),
+        ):
+            row[name] = {
+                "time_ratio": cost.seconds / plain.seconds,
+                "bytes_ratio": cost.bytes_sent / plain.bytes_sent,
+                "memory_buckets": cost.memory / size,
+            }
+        rows.append(row)
+    return rows
