@@ -44,6 +44,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "max_norm_ratio": ("None or a number >= 1", lambda value: value is None or (_number(value) and value >= 1)),
     "vote_momentum": ("a number in [0, 1)", lambda value: _number(value) and 0 <= value < 1),
     "sketch_size": ("an integer >= 64", lambda value: type(value) is int and value >= 64),
+    "voters": ("'rank' or 'host'", lambda value: value in ("rank", "host")),
     "watch": ("True or False", lambda value: isinstance(value, bool)),
 }
 

@@ -13,6 +13,7 @@ from gaf_ddp import settings
 from gaf_ddp.agreement import Agreement
 from gaf_ddp.consensus import ConsensusAgreement
 from gaf_ddp.gramian import kernels
+from gaf_ddp.hosts import ByHosts, hosts_of
 from gaf_ddp.judges import ByConsensus, ByGradients, ByMomenta, Judge
 from gaf_ddp.meter import AgreementMeter
 from gaf_ddp.pipeline import Decision, Pipeline
@@ -46,6 +47,7 @@ class GAFState:
             all-reduce's bytes per rank), `"gather"` (exact, the plain reading). `"auto"`: sketch for the consensus
             rule and to watch; else sharded, on accelerators in bucket scope gather for the smallest buckets.
         sketch_size: k, numbers that a bucket is judged by there, at least 64.
+        voters: `"rank"`, or `"host"`: one vote and one weight for all ranks of a host, over sketches.
         vote_momentum: judge each rank by `m ← vote_momentum · m + g`, its recent gradients, in place of the last
             alone; in [0, 1), for tau and weightings. What is averaged are the gradients still.
         start_step: plain averaging before this step.
@@ -91,6 +93,7 @@ class GAFState:
         vote_momentum: float = 0.0,
         sketch_size: int = 4096,
         watch: bool = False,
+        voters: Literal["rank", "host"] = "rank",
     ) -> None:
         settings.require_valid(
             process_group=process_group,
@@ -103,6 +106,7 @@ class GAFState:
             vote_momentum=vote_momentum,
             sketch_size=sketch_size,
             watch=watch,
+            voters=voters,
         )
         require(weighting is None or tau is None, "tau and weighting exclude each other: tau must be None", tau)
         self.process_group = process_group
@@ -113,7 +117,10 @@ class GAFState:
         rule = "scope 'running' is for the consensus rule, which has a memory: scope must be 'bucket' or 'model'"
         require(self.scope != "running" or self._ratio is not None, rule, scope)
         self.exchange = "sketch" if exchange == "auto" and (watch or self._ratio is not None) else exchange
-        require(not watch or self.exchange == "sketch", "watch is for exchange 'sketch'", exchange)
+        self.exchange = "sketch" if exchange == "auto" and voters == "host" else self.exchange
+        for name, wanted in (("watch", watch), ("voters='host'", voters == "host")):
+            require(not wanted or self.exchange == "sketch", f"{name} is for exchange 'sketch'", exchange)
+        require(voters == "rank" or not vote_momentum, "voters='host' is without vote_momentum", vote_momentum)
         self.start_step = start_step
         self.wire_dtype = wire_dtype
         self.max_norm_ratio = None if max_norm_ratio is None else float(max_norm_ratio)
@@ -122,6 +129,7 @@ class GAFState:
         require(self._ratio is None or not vote_momentum, rule, vote_momentum)
         self.sketch_size = sketch_size
         self.watch = watch
+        self.voters = voters
 
         self.step = 0
         self.decisions: list[Decision] = []
@@ -194,7 +202,9 @@ class GAFState:
         self._meter.load_state_dict(state_dict["meter"])
         self.step = step
         self._judge = judge
-        if self._pipeline is not None:
+        if self._pipeline is not None and isinstance(self._pipeline.judge, ByHosts):
+            self._pipeline.judge.judge = judge
+        elif self._pipeline is not None:
             self._pipeline.judge = judge
 
     def __getstate__(self) -> dict[str, Any]:
@@ -228,6 +238,9 @@ class GAFState:
             names = ("scope", "exchange", "wire_dtype", "sketch_size", "watch")
             chosen = {name: getattr(self, name) for name in names}
             pipeline = Pipeline(group, bucket.buffer().device, judge=self._judge, **chosen)
+            if self.voters == "host":
+                hosts = hosts_of(pipeline.lane.group, pipeline.device)
+                pipeline.judge = ByHosts(self._judge, hosts, pipeline.device)
             shared = settings.as_text({**self._shared(self._weighting_now(), pipeline.device), "step": self.step})
             settings.require_same(shared, pipeline.lane.group, pipeline.device)
             self._pipeline = pipeline
@@ -250,7 +263,7 @@ class GAFState:
     def _shared(self, weighting: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, object]:
         """Return what must be the same on every rank."""
         names = ["scope", "exchange", "wire_dtype", "start_step", "max_norm_ratio", "vote_momentum"]
-        names += ["sketch_size", "watch"]
+        names += ["sketch_size", "watch", "voters"]
         return {
             "tau": getattr(weighting, "tau", "none") if callable(self.tau) else self.tau,
             "weighting": settings.describe(weighting),
