@@ -95,7 +95,7 @@ def assert_close(result: Tensor, expected: Tensor, tolerance: float = 1e-4) -> N
 
 
 def _distance(u: Tensor, v: Tensor) -> float:
-    return 1 - (u @ v / (u.norm() * v.norm())).item()
+    return 1 - float(u @ v / (u.norm() * v.norm()))
 
 
 def _close(u: Tensor, v: Tensor, tau: float) -> bool:

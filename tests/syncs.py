@@ -26,7 +26,7 @@ class HostSyncs:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self._inside = False  # one `item()` is one sync, not also the operator it becomes
-        self._modes = (_Functions(self), _Operators(self))
+        self._modes: tuple[Any, ...] = (_Functions(self), _Operators(self))
 
     def __enter__(self) -> "HostSyncs":
         for mode in self._modes:
@@ -61,9 +61,9 @@ class _Functions(TorchFunctionMode):
             self._syncs._inside = False
 
 
-class _Operators(TorchDispatchMode):
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, syncs: HostSyncs) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._syncs = syncs
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

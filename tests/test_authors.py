@@ -33,7 +33,7 @@ def micro_batches(world_size: int, step: int) -> list[Dataset[Any]]:
     return [Subset(data(), range(start, start + SIZE)) for start in starts]
 
 
-def loss_of(model: nn.Module, batch: Dataset[Any], device: torch.device | str = "cpu") -> Tensor:
+def loss_of(model: nn.Module, batch: Dataset[Any], device: torch.device | str = "cpu") -> Any:
     inputs, labels = zip(*(batch[i] for i in range(SIZE)), strict=True)
     return nn.functional.cross_entropy(model(torch.stack(inputs).to(device)), torch.stack(labels).to(device))
 
@@ -73,7 +73,7 @@ def train_by_ranks(
         loss_of(model, micro_batches(world_size, step)[dist.get_rank()], device).backward()
         optimizer.step()
         assert state.agreement is not None
-        taken.append(state.agreement.agreed.item())
+        taken.append(bool(state.agreement.agreed))
         assert_replicas_equal(model)
     return flat_parameters(model).cpu(), taken
 

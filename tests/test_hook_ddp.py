@@ -35,7 +35,8 @@ class Branches(nn.Module):
             x = self.odd(x)
         if self.by_rank and (step + dist.get_rank()) % 2:
             x = self.sometimes(x)
-        return self.outer(x.tanh())
+        result: Tensor = self.outer(x.tanh())
+        return result
 
 
 class MixedDtypes(nn.Module):
@@ -46,8 +47,8 @@ class MixedDtypes(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(12, 12).to((torch.float32, torch.float64)[i % 2]) for i in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x.to(layer.weight.dtype)).tanh()
+        for i, layer in enumerate(self.layers):
+            x = layer(x.double() if i % 2 else x.float()).tanh()
         return x.float()[:, :5]
 
 
@@ -118,7 +119,8 @@ def train(device: torch.device, feature: Feature, hook: Any = None, state: GAFSt
             more = (step,) if isinstance(module, Branches) else ()
             with nullcontext() if i == feature.backwards - 1 else model.no_sync():
                 output = forward(inputs.to(device, feature.dtype), *more)
-                nn.functional.cross_entropy(output, labels.to(device)).backward()
+                loss: Any = nn.functional.cross_entropy(output, labels.to(device))
+                loss.backward()
         optimizer.step()
         assert_replicas_equal(model, feature.options.get("process_group"))
     assert state is None or state.step == STEPS
@@ -178,7 +180,7 @@ def test_the_hook_can_be_wrapped(ranks: Ranks) -> None:
 def train_in_halves(device: torch.device) -> list[Tensor]:
     """Return the parameters of two groups of two, by plain DDP and by the hook."""
     rank = dist.get_rank()
-    groups = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+    groups: list[Any] = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
     feature = Feature(options={**TINY, "process_group": groups[rank // 2]})
     states = [GAFState(groups[rank // 2], tau=2.0), GAFState(groups[rank // 2], tau=2.0, scope="model")]
     return [train(device, feature), *(train(device, feature, gaf_hook, state) for state in states)]

@@ -61,8 +61,14 @@ FAILURES = [
 
 EXPECTED = {
     "raises": ("LookupError", "LookupError: no weights today"),
-    "shape": ("ValueError", "must return floating point weights of shape (2,), found (3,) of torch.float32"),
-    "dtype": ("ValueError", "must return floating point weights of shape (2,), found (2,) of torch.int64"),
+    "shape": (
+        "ValueError",
+        "must return finite weights >= 0, floating point of shape (2,), found (3,) of torch.float32",
+    ),
+    "dtype": (
+        "ValueError",
+        "must return finite weights >= 0, floating point of shape (2,), found (2,) of torch.int64",
+    ),
     "schedule": ("ValueError", "tau must be a cosine distance in [0, 2], found 3.0"),
 }
 
@@ -105,7 +111,7 @@ def backward(model: nn.Module, device: torch.device) -> End:
 
 def fail(device: torch.device, failure: Failure, folder: Path) -> Report:
     """Train until backward raises, and try to go on."""
-    store = dist.FileStore(str(folder / "ended"), W)
+    store = dist.FileStore(str(folder / "ended"), W)  # type: ignore[attr-defined]
     group = dist.new_group(timeout=timedelta(seconds=GROUP_TIMEOUT))
     state = make_state(failure, group)
     options = {"static_graph": failure.static_graph, "bucket_cap_mb": 0.0001, "process_group": group}
@@ -166,7 +172,7 @@ def test_errors_end_every_rank(reports: dict[Failure, Future[list[Report]]], fai
 def survive(device: torch.device, scope: str) -> None:
     """Train until rank 1 dies, then until that is noticed."""
     model = ddp(Probe([50, 50, 50]), device, bucket_cap_mb=0.0001)
-    model.register_comm_hook(GAFState(scope=scope), gaf_hook)  # type: ignore[arg-type]
+    model.register_comm_hook(GAFState(tau=1.0, scope=scope), gaf_hook)  # type: ignore[arg-type]
     assert [backward(model, device).kind for _ in range(2)] == ["nothing"] * 2
     if dist.get_rank() == 1:
         os._exit(3)
@@ -186,7 +192,7 @@ def train_sparse(device: torch.device, scope: str) -> str:
     """Return what a sparse gradient is told."""
     module = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 2))
     model = ddp(module, device)
-    model.register_comm_hook(GAFState(scope=scope), gaf_hook)  # type: ignore[arg-type]
+    model.register_comm_hook(GAFState(tau=1.0, scope=scope), gaf_hook)  # type: ignore[arg-type]
     try:
         model(torch.tensor([1, 2], device=device)).sum().backward()
     except TypeError as error:

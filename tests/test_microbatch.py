@@ -119,7 +119,7 @@ def test_steps_do_not_know_of_each_other(running: Running) -> None:
 def test_accumulate_never_waits_and_finish_waits_once() -> None:
     probe = Probe(SIZES)
     for running in ("mean", "half"):
-        micro = MicrobatchFilter(probe.parameters(), 0.8, running=running)  # type: ignore[arg-type]
+        micro = MicrobatchFilter(probe.parameters(), 0.8, running=running)
         for gradient in random_gradients(4, sum(SIZES)):
             probe(gradient).backward()
             with HostSyncs() as syncs:

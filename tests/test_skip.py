@@ -1,22 +1,24 @@
 """skip_on_disagreement on states that were given their decision: what it costs, touches, and leaves alone."""
 
 import copy
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from gaf_ddp import GAFState, skip_on_disagreement
 from gaf_ddp.agreement import decide
-from gaf_ddp.state import Decision
+from gaf_ddp.pipeline import Decision
 from gaf_ddp.weighting import NeighborhoodAgreement
 from tests.nets import Probe
 from tests.syncs import HostSyncs
 
 SIZES = [30, 7]
-FUSED = {
+FUSED: dict[str, Callable[[Iterable[Tensor]], Optimizer]] = {
     "sgd": partial(SGD, lr=0.1, fused=True),
     "sgd nesterov": partial(SGD, lr=0.1, momentum=0.9, nesterov=True, fused=True),
     "adam amsgrad": partial(Adam, amsgrad=True, fused=True),
@@ -31,7 +33,7 @@ def moved(module: Probe, before: Probe) -> list[bool]:
 
 def decided(module: Probe, agreed: bool, scope: str = "model") -> GAFState:
     """Return a state that has just decided on all of the module's parameters."""
-    state = GAFState(scope=scope)  # type: ignore[arg-type]
+    state = GAFState(tau=0.5, scope=scope)  # type: ignore[arg-type]
     decision = decide(torch.ones(2, 2) if agreed else torch.eye(2), NeighborhoodAgreement(0.5), None)
     state.decisions = [Decision(decision, list(module.parameters()))]
     return state
@@ -118,6 +120,44 @@ def test_undo_leaves_nothing_behind() -> None:
     optimizer = SGD(probe.parameters(), lr=0.1)
     skip_on_disagreement(optimizer, decided(probe, False))()
     before = copy.deepcopy(probe)
+    step_with_gradients(optimizer, probe)
+    assert all(moved(probe, before))
+
+
+class Wrapper(Optimizer):
+    """As Accelerate's: an Optimizer by class, which has not an Optimizer's hooks but holds one that has them."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self) -> Any:
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: Any) -> None:
+        raise AssertionError("not asked for")
+
+    def step(self, closure: Any = None) -> Any:
+        return self.optimizer.step(closure)
+
+
+@pytest.mark.parametrize("wraps", [1, 2])
+def test_wrapped_optimizers_skip_too_and_undo_works_twice(wraps: int) -> None:
+    probe = Probe(SIZES)
+    before = copy.deepcopy(probe)
+    optimizer: Optimizer = SGD(probe.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(wraps):
+        optimizer = Wrapper(optimizer)
+    state = decided(probe, False)
+    undo, again = skip_on_disagreement(optimizer, state), skip_on_disagreement(optimizer, state)
+    step_with_gradients(optimizer, probe)
+    assert not any(moved(probe, before))
+    undo()
+    undo()
+    step_with_gradients(optimizer, probe)
+    assert not any(moved(probe, before))  # the other one still holds
+    again()
     step_with_gradients(optimizer, probe)
     assert all(moved(probe, before))
 

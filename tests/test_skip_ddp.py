@@ -20,7 +20,7 @@ Make = Callable[[Iterable[Tensor]], Optimizer]
 SIZES = [30, 7]
 AGREED = [False, True, False, False, True, True, False, True]  # also the very first step is left out
 
-MOMENTUM = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+MOMENTUM: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
 OPTIMIZERS: dict[str, Make] = {
     "sgd": partial(SGD, lr=0.1, weight_decay=0.1),
     "sgd momentum": partial(SGD, **MOMENTUM),
@@ -125,8 +125,8 @@ def train_with_closure(device: torch.device, scope: str, make: Make, as_keyword:
     optimizer, reference = make(probe.parameters()), make(other.parameters())
     skip_on_disagreement(optimizer, state)
 
-    def closure_of(module: nn.Module, of: Optimizer, gradient: Tensor) -> Callable[[], Tensor]:
-        def closure() -> Tensor:
+    def closure_of(module: nn.Module, of: Optimizer, gradient: Tensor) -> Callable[[], Any]:
+        def closure() -> Any:
             of.zero_grad()
             loss = module(gradient)
             loss.backward()
