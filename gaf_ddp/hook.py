@@ -13,8 +13,10 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+from gaf_ddp.connect import connect, shared
 from gaf_ddp.lanes import at_end_of_backward, named
 from gaf_ddp.pipeline import Arrival, Pipeline
+from gaf_ddp.settings import as_text
 from gaf_ddp.state import GAFState
 
 
@@ -55,7 +57,7 @@ def gaf_hook(
         )
     if bucket.buffer().is_sparse:
         raise TypeError("gradients must be dense, found a sparse one, as nn.Embedding(sparse=True) makes")
-    pipeline = state._connect(bucket)
+    pipeline = connect(state, bucket)
     arrival = pipeline.take(bucket, state.step)
     pipeline.lane.run(partial(_filter, state, pipeline, arrival))
     if arrival.is_last:
@@ -78,7 +80,8 @@ def _filter(state: GAFState, pipeline: Pipeline, arrival: Arrival) -> None:
 
 
 def _decide(state: GAFState, pipeline: Pipeline, arrivals: list[Arrival]) -> None:
-    weighting, settings = state._rule(pipeline.device)
+    weighting = state._weighting_now()
+    settings = as_text(shared(state, weighting, pipeline.device))
     measured, numbers = pipeline.sum(arrivals, settings)
     keys = [arrival.key for arrival in arrivals]
     agreement = pipeline.judge.decide(keys, measured, weighting, state.max_norm_ratio)

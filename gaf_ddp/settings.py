@@ -2,16 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
-from gc import get_objects
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from gaf_ddp.collectives import all_gather_text
 from gaf_ddp.weighting import Weighting
@@ -62,6 +60,26 @@ def require_valid(**settings: object) -> None:
         require(holds(value), f"{name} must be {words}", value)
 
 
+def resolve(
+    is_consensus: bool, scope: str | None, exchange: str, vote_momentum: float, watch: bool, voters: str
+) -> tuple[str, str]:
+    """Return scope and exchange where they were left open; raise ValueError for settings that exclude each other.
+
+    The consensus rule has a memory, and momenta of its own; only sketches leave the averages to an all-reduce, and
+    are small enough to be added up.
+    """
+    scope = scope or ("running" if is_consensus else "bucket")
+    rule = "scope 'running' is for the consensus rule, with others scope must be 'bucket' or 'model'"
+    require(scope != "running" or is_consensus, rule, scope)
+    rule = "vote_momentum must be 0 with the consensus rule and with voters='host'"
+    require(not vote_momentum or not (is_consensus or voters == "host"), rule, vote_momentum)
+    sketched = watch or voters == "host"
+    exchange = "sketch" if exchange == "auto" and (is_consensus or sketched) else exchange
+    rule = "watch is for exchange 'sketch'" if watch else "voters='host' is for exchange 'sketch'"
+    require(not sketched or exchange == "sketch", rule, exchange)
+    return scope, exchange
+
+
 def describe(weighting: Callable[[Tensor], Tensor]) -> str:
     """Return a rule's constructor call; of other callables only the name can be compared."""
     ours = isinstance(weighting, Weighting) and type(weighting).__module__.startswith("gaf_ddp.")
@@ -101,20 +119,3 @@ def require_same(text: str, group: dist.ProcessGroup, device: torch.device) -> N
             if other.get(name) != first:
                 found = f"{first} on rank 0 and {other.get(name)} on rank {rank}"
                 raise ValueError(f"{name} must be the same on every rank, found {found}")
-
-
-def require_group(group: dist.ProcessGroup, parameters: Iterable[Tensor]) -> None:
-    """Raise ValueError if the DDP model that holds these parameters averages over another group.
-
-    A hook is not told its model, and torch has no way to ask. So this looks for the model among all objects, some
-    20 ms once; one that is not found, as after `gc.freeze()`, is not compared.
-    """
-    wanted = {id(parameter) for parameter in parameters}
-    for model in [each for each in get_objects() if issubclass(type(each), DistributedDataParallel)]:
-        theirs = getattr(model, "process_group", group)
-        if theirs.group_name != group.group_name and wanted <= {id(parameter) for parameter in model.parameters()}:
-            ranks, their_ranks = dist.get_process_group_ranks(group), dist.get_process_group_ranks(theirs)
-            raise ValueError(
-                f"process_group must be the model's own, found {group.group_name!r} of ranks {ranks} beside "
-                f"the model's {theirs.group_name!r} of ranks {their_ranks}"
-            )

@@ -1,7 +1,6 @@
 """GAFState: the settings of the hook, where it is in training, and what it saw."""
 
 import logging
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -12,8 +11,7 @@ from torch import Tensor
 from gaf_ddp import settings
 from gaf_ddp.agreement import Agreement
 from gaf_ddp.consensus import ConsensusAgreement
-from gaf_ddp.gramian import kernels
-from gaf_ddp.hosts import ByHosts, hosts_of
+from gaf_ddp.hosts import ByHosts
 from gaf_ddp.judges import ByConsensus, ByGradients, ByMomenta, Judge
 from gaf_ddp.meter import AgreementMeter
 from gaf_ddp.pipeline import Decision, Pipeline
@@ -26,15 +24,14 @@ _NOTHING = b"-"  # no memory; `torch.load` refuses b"" where it unpickles no cod
 
 
 class GAFState:
-    """Settings, step counter and statistics of `gaf_hook`. `GAFState()` needs none of them.
+    """Settings, step counter and statistics of `gaf_hook`. `GAFState()` needs none of the settings.
 
     Which ranks count:
         `GAFState()`: the consensus rule with its memory (`ConsensusAgreement`), over sketches. Nothing to tune.
         tau: largest cosine distance at which two gradients agree, in [0, 2], or a schedule from `state.step` to
             it: `GAFState(tau=t)` filters with `NeighborhoodAgreement(t)`, exactly; 2.0 keeps every voter.
-        weighting: any callable from Gramian `(W, W)` to weights `(W,)`. It must return the same on every rank:
-        seed
-            one that draws random numbers. `ConsensusAgreement(ratio)` has its memory here too.
+        weighting: any callable from Gramian `(W, W)` to weights `(W,)`, the same on every rank: seed one that
+            draws random numbers. `ConsensusAgreement(ratio)` has its memory here too.
         watch: judge and record, but average everyone; nothing waits for the verdict.
 
     Seldom tuned:
@@ -42,38 +39,34 @@ class GAFState:
         scope: `"bucket"`, one decision per DDP bucket; `"model"`, one per step from the Gramian of the whole
             gradient (the paper's meaning), which is averaged after it; `"running"`, for the consensus rule: each
             bucket as it arrives, by the whole gradient as known then. None is running for that rule, else bucket.
-        exchange: `"sketch"` (cosines to 1/√sketch_size, an all-reduce of the library's), `"sharded"` (exact, a
-        ring
+        exchange: `"sketch"` (cosines to 1/√sketch_size, the library's all-reduce), `"sharded"` (exact, a ring
             all-reduce's bytes per rank), `"gather"` (exact, the plain reading). `"auto"`: sketch for the consensus
             rule and to watch; else sharded, on accelerators in bucket scope gather for the smallest buckets.
         sketch_size: k, numbers that a bucket is judged by there, at least 64.
         voters: `"rank"`, or `"host"`: one vote and one weight for all ranks of a host, over sketches.
-        vote_momentum: judge each rank by `m ← vote_momentum · m + g`, its recent gradients, in place of the last
-            alone; in [0, 1), for tau and weightings. What is averaged are the gradients still.
+        vote_momentum: judge ranks by `m ← vote_momentum · m + g`, not by the last gradient alone; in [0, 1), for
+            tau and weightings. What is averaged are the gradients still.
         start_step: plain averaging before this step.
         wire_dtype: dtype the gradients travel in, e.g. `torch.bfloat16`; products stay in float32, sums too but
-        for
-            sketch's. What float16 cannot hold, beyond 65504 or below 6e-8, becomes inf or 0.
-        max_norm_ratio: a rank whose gradient is longer than this many lower median norms has no vote; None
-            switches the guard off.
+            for sketch's. What float16 cannot hold, beyond 65504 or below 6e-8, becomes inf or 0.
+        max_norm_ratio: a rank whose gradient is longer than this many lower median norms has no vote; None is no
+            guard.
 
     tau, weighting, start_step and max_norm_ratio may be assigned while training, on every rank alike; the others
     hold from the first bucket on. What decides is compared with every decision: a difference between ranks is
-    raised on all of them, on the CPU at once, on accelerators by the next `summary()` or skip that waits for the
-    device.
+    raised on all, on the CPU at once, on accelerators by the next `summary()` or skip that waits for the device.
 
     Attributes:
         step: synchronised backwards seen so far.
         agreement: the last step's `Agreement`, on the device; None before the first step.
-        decisions: the last step's decisions with their parameters, one in model scope, one per bucket otherwise.
+        decisions: the last step's decisions with their parameters, one in model scope, else one per bucket.
 
-    On an accelerator read them, and `summary()`, on training's own stream: it waits for the hook's work, others do
-    not.
+    On an accelerator read them, and `summary()`, on training's own stream, which alone waits for the hook's work.
 
     Memory: sketch `W · sketch_size` numbers a bucket. Exact exchanges: bucket scope about one bucket beside DDP's
-    own on accelerators, on the CPU as many as wait for the thread, up to one gradient; model scope about one
-    gradient; vote_momentum and the consensus rule one float32 gradient more, W with gather; wire_dtype on the CPU
-    up to one gradient in that dtype. A pickled state leaves process group and momenta behind.
+    own on accelerators, on the CPU as many as wait for the thread; model scope about one gradient; momenta one
+    float32 gradient more, W with gather; wire_dtype on the CPU up to one gradient in that dtype. A pickled state
+    leaves process group and momenta behind.
 
     Raises:
         ValueError: a setting is out of its range; the message names it.
@@ -113,20 +106,12 @@ class GAFState:
         self.tau = tau if tau is None or callable(tau) else require_tau(tau)
         self.weighting = weighting
         self._ratio = _consensus_ratio(tau, weighting)
-        self.scope = scope or ("bucket" if self._ratio is None else "running")
-        rule = "scope 'running' is for the consensus rule, which has a memory: scope must be 'bucket' or 'model'"
-        require(self.scope != "running" or self._ratio is not None, rule, scope)
-        self.exchange = "sketch" if exchange == "auto" and (watch or self._ratio is not None) else exchange
-        self.exchange = "sketch" if exchange == "auto" and voters == "host" else self.exchange
-        for name, wanted in (("watch", watch), ("voters='host'", voters == "host")):
-            require(not wanted or self.exchange == "sketch", f"{name} is for exchange 'sketch'", exchange)
-        require(voters == "rank" or not vote_momentum, "voters='host' is without vote_momentum", vote_momentum)
+        is_consensus = self._ratio is not None
+        self.scope, self.exchange = settings.resolve(is_consensus, scope, exchange, vote_momentum, watch, voters)
         self.start_step = start_step
         self.wire_dtype = wire_dtype
         self.max_norm_ratio = None if max_norm_ratio is None else float(max_norm_ratio)
         self.vote_momentum = float(vote_momentum)
-        rule = "the consensus rule has momenta of its own: vote_momentum must be 0"
-        require(self._ratio is None or not vote_momentum, rule, vote_momentum)
         self.sketch_size = sketch_size
         self.watch = watch
         self.voters = voters
@@ -219,39 +204,10 @@ class GAFState:
             return ByConsensus(self._ratio, self.scope)
         return ByMomenta(self.vote_momentum) if self.vote_momentum else ByGradients()
 
-    # What follows is for gaf_hook and skip_on_disagreement.
-
-    def _connect(self, bucket: Any) -> Pipeline:
-        """Return the way of this model's buckets; made at the first bucket, anew for a new group.
-
-        Raises:
-            ValueError: there is no group, it is not the model's, or the ranks' settings differ.
-        """
-        group = self.process_group or dist.group.WORLD
-        if group is None:
-            raise ValueError("process_group is None and there is no default group: call init_process_group first")
-        if self._pipeline is None or self._pipeline.group is not group:
-            settings.require_group(group, bucket.parameters())
-            if group.size() == 1:
-                message = "gaf_ddp: world size 1, there are no other gradients to filter against"
-                warnings.warn(message, stacklevel=3)
-            names = ("scope", "exchange", "wire_dtype", "sketch_size", "watch")
-            chosen = {name: getattr(self, name) for name in names}
-            pipeline = Pipeline(group, bucket.buffer().device, judge=self._judge, **chosen)
-            if self.voters == "host":
-                hosts = hosts_of(pipeline.lane.group, pipeline.device)
-                pipeline.judge = ByHosts(self._judge, hosts, pipeline.device)
-            shared = settings.as_text({**self._shared(self._weighting_now(), pipeline.device), "step": self.step})
-            settings.require_same(shared, pipeline.lane.group, pipeline.device)
-            self._pipeline = pipeline
-        return self._pipeline
-
-    def _rule(self, device: torch.device) -> tuple[Callable[[Tensor], Tensor], str]:
-        """Return the weighting of the current step, and as text what every rank must decide by."""
-        weighting = self._weighting_now()
-        return weighting, settings.as_text(self._shared(weighting, device))
+    # What follows is for gaf_hook, connect and skip_on_disagreement.
 
     def _weighting_now(self) -> Callable[[Tensor], Tensor]:
+        """Return the weighting of the current step."""
         if self.step < self.start_step:
             return Mean()
         if self.weighting is not None:
@@ -259,19 +215,6 @@ class GAFState:
         if self.tau is None:
             return ConsensusAgreement()
         return NeighborhoodAgreement(self.tau(self.step) if callable(self.tau) else self.tau)
-
-    def _shared(self, weighting: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, object]:
-        """Return what must be the same on every rank."""
-        names = ["scope", "exchange", "wire_dtype", "start_step", "max_norm_ratio", "vote_momentum"]
-        names += ["sketch_size", "watch", "voters"]
-        return {
-            "tau": getattr(weighting, "tau", "none") if callable(self.tau) else self.tau,
-            "weighting": settings.describe(weighting),
-            **{name: getattr(self, name) for name in names},
-            "skip_on_disagreement": self._skips,
-            "fused kernels": kernels(device.type) is not None,
-            **settings.versions(),
-        }
 
     def _end_step(self, decided: list[tuple[Decision, Tensor]]) -> None:
         """Keep what a step decided, with the numbers of the settings that each rank decided by."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gaf_ddp import ConsensusAgreement, GAFState, Mean, NeighborhoodAgreement, SequentialAgreement, gaf_hook
 from gaf_ddp.agreement import decide
+from gaf_ddp.connect import connect
 from gaf_ddp.pipeline import Decision
 from tests.gradients import random_gradients
 from tests.nets import Probe, ddp
@@ -261,4 +262,4 @@ def test_gradients_are_judged_in_their_dtype_or_better(ranks: Ranks) -> None:
 
 def test_a_state_without_a_group_says_so() -> None:
     with pytest.raises(ValueError, match="process_group is None and there is no default group: call init_pro"):
-        GAFState()._connect(None)
+        connect(GAFState(), None)

@@ -33,8 +33,7 @@ class Judged:
         if state.exchange == "sketch":
             rows = torch.stack([as_long_as(*fold(row, state.sketch_size, seed=0)) for row in rows])
         measured = state._judge.measure("gradient", rows)
-        rule, _ = state._rule(rows.device)
-        agreement = state._judge.decide(["gradient"], measured, rule, state.max_norm_ratio)
+        agreement = state._judge.decide(["gradient"], measured, state._weighting_now(), state.max_norm_ratio)
         state._judge.finish()
         state.step += 1
         return agreement
