@@ -66,21 +66,12 @@ def operations(count: int, dtype: torch.dtype, device: torch.device) -> dict[str
     reduced, out, small = torch.zeros_like(full), torch.empty_like(full), torch.empty_like(slice_)
     group = dist.group.WORLD
     assert group is not None
-    total, by_rank = size * (size + 1) / 2, 1.0 + torch.arange(size, device=device).repeat_interleave(len(slice_))
+    total, half = torch.tensor(size * (size + 1) / 2, device=device), (size - 1) / size
+    by_rank = 1.0 + torch.arange(size, device=device).repeat_interleave(len(slice_))
 
-    def checked(run: Callable[[], object], result: Tensor, expected: float | Tensor) -> Callable[[], int]:
-        def wrong() -> int:
-            if result is not small:
-                result.copy_(full)
-            run()
-            return int((~torch.isclose(result.float(), torch.as_tensor(expected, device=device), rtol=1e-2)).sum())
+    def operation(run: Callable[[], object], result: Tensor, expected: Tensor, factor: float) -> Operation:
+        return run, partial(count_wrong, run, result, full, expected), factor
 
-        return wrong
-
-    def operation(run: Callable[[], object], result: Tensor, expected: float | Tensor, factor: float) -> Operation:
-        return run, checked(run, result, expected), factor
-
-    half = (size - 1) / size
     named = {
         "all_reduce": operation(lambda: dist.all_reduce(reduced), reduced, total, 2 * half),
         "reduce_scatter": operation(lambda: reduce_scatter_single(small, full), small, total, half),
@@ -92,6 +83,14 @@ def operations(count: int, dtype: torch.dtype, device: torch.device) -> dict[str
         run = partial(filter_bucket, exchange, filtered)
         named[f"gaf_{name}"] = operation(run, filtered, total / size, 2 * half)
     return named
+
+
+def count_wrong(run: Callable[[], object], result: Tensor, full: Tensor, expected: Tensor) -> int:
+    """Return how many elements of the result are wrong after a run on buffers as they were at first."""
+    if result.shape == full.shape:
+        result.copy_(full)
+    run()
+    return int((~torch.isclose(result.float(), expected, rtol=1e-2)).sum())
 
 
 def measure_size(size: int, dtype: torch.dtype, device: torch.device, repeats: int) -> list[dict[str, Any]]:

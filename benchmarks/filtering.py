@@ -42,23 +42,18 @@ def measure_rows(count: int, size: int, dtype: torch.dtype, device: torch.device
     ]
     weights = torch.full((count,), 1 / count, device=device)
     same, out, target = weights.to(dtype), torch.empty_like(buffers[0][0]), torch.empty_like(buffers[0])
-    timings = interleaved(
-        {
-            "copy": rotating(target.copy_, buffers),
-            "gram": rotating(gram, buffers),
-            "gram_torch": rotating(lambda rows: rows @ rows.mT, buffers),
-            "combine": rotating(lambda rows: combine(rows, weights, out=out), buffers),
-            "combine_torch": rotating(lambda rows: torch.mv(rows.mT, same, out=out), buffers),
-        },
-        repeats,
-        device,
-        calls=max(calls_at_once(size, device), min(20, 2**24 // size)),
-    )
-    seconds = {name: median(times) for name, times in timings.items()}
-    moved = {name: size * (1 if name.startswith("gram") else 1 + 1 / count) for name in seconds} | {
-        "copy": 2 * size
+    run = {
+        "copy": rotating(target.copy_, buffers),
+        "gram": rotating(gram, buffers),
+        "gram_torch": rotating(lambda rows: rows @ rows.mT, buffers),
+        "combine": rotating(lambda rows: combine(rows, weights, out=out), buffers),
+        "combine_torch": rotating(lambda rows: torch.mv(rows.mT, same, out=out), buffers),
     }
-    rate = {name: moved[name] / seconds[name] / 1e9 for name in seconds}
+    calls = max(calls_at_once(size, device), min(20, 2**24 // size))
+    timings = interleaved(run, repeats, device, calls)
+    seconds = {name: median(times) for name, times in timings.items()}
+    reads = {"copy": 2.0, "gram": 1.0, "combine": 1 + 1 / count}  # and writes, of all rows
+    rate = {name: reads[name.removesuffix("_torch")] * size / seconds[name] / 1e9 for name in seconds}
     return {
         "W": count,
         "size": size,

@@ -63,6 +63,8 @@ class Training:
     """One hook's: a model of its own, its optimizer, and one step to be timed."""
 
     def __init__(self, hook: Hook, model: nn.Module, device: torch.device) -> None:
+        self.note = hook.note
+        self.gradient_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self._model = wrap(hook, model.to(device), device)
         self._optimizer = torch.optim.SGD(self._model.parameters(), lr=1e-3)
         self._device = device
@@ -113,6 +115,29 @@ def wire_bytes(trainings: dict[str, Training], inputs: Tensor, interface: str) -
     return found
 
 
+def measure_all(
+    trainings: dict[str, Training], inputs: Tensor, repeats: int, interface: str | None
+) -> list[dict[str, Any]]:
+    """Return one row per hook."""
+    backward, step = measure(trainings, inputs, repeats)
+    sent = wire_bytes(trainings, inputs, interface) if interface else {}
+    on_gpu = {name: each for name, each in trainings.items() if inputs.device.type == "cuda"}
+    memory = {name: peak_memory(partial(each.step, inputs), inputs.device) for name, each in on_gpu.items()}
+    return [
+        {
+            "hook": name,
+            "backward_ms": median(backward[name]) * 1e3,
+            "step_ms": median(step[name]) * 1e3,
+            "backward": ratio(backward, name, "ddp"),
+            "step": ratio(step, name, "ddp"),
+            "memory_gradients": (memory[name] - memory["ddp"]) / training.gradient_bytes if memory else None,
+            "bytes_ratio": sent[name] / sent["ddp"] if sent.get("ddp") else None,
+            "note": training.note,
+        }
+        for name, training in trainings.items()
+    ]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Return one aligned line per hook."""
     lines = [f"{'hook':<20} {'backward':>9} {'ratio':>6} {'low':>6} {'high':>6} {'step':>9} {'ratio':>6} "
@@ -155,29 +180,12 @@ def main() -> None:
     chosen = ["ddp", *(name for name in given.hooks or known if name != "ddp")]
     if unknown := set(chosen) - set(known):
         raise SystemExit(f"--hooks must be among {', '.join(known)}, found {', '.join(sorted(unknown))}")
-    model, shape = build(given.model, given.size)
-    gradient = sum(p.numel() * p.element_size() for p in model.parameters())
-    inputs = torch.randn(given.batch_size, *shape, device=device)
-    facts = {**hardware(device), "model": given.model, "gradient_bytes": gradient, "input": list(inputs.shape)}
-    say(banner(facts))
     trainings = {name: Training(known[name], build(given.model, given.size)[0], device) for name in chosen}
-    backward, step = measure(trainings, inputs, given.repeats)
-    sent = wire_bytes(trainings, inputs, given.interface) if given.interface else {}
-    on_gpu = device.type == "cuda"
-    memory = {name: peak_memory(partial(each.step, inputs), device) for name, each in trainings.items() if on_gpu}
-    rows = [
-        {
-            "hook": name,
-            "backward_ms": median(backward[name]) * 1e3,
-            "step_ms": median(step[name]) * 1e3,
-            "backward": ratio(backward, name, "ddp"),
-            "step": ratio(step, name, "ddp"),
-            "memory_gradients": (memory[name] - memory["ddp"]) / gradient if on_gpu else None,
-            "bytes_ratio": sent[name] / sent["ddp"] if sent.get("ddp") else None,
-            "note": known[name].note,
-        }
-        for name in chosen
-    ]
+    inputs = torch.randn(given.batch_size, *build(given.model, given.size)[1], device=device)
+    size = trainings["ddp"].gradient_bytes
+    facts = {**hardware(device), "model": given.model, "gradient_bytes": size, "input": list(inputs.shape)}
+    say(banner(facts))
+    rows = measure_all(trainings, inputs, given.repeats, given.interface)
     say(table(rows))
     write_json(given.json, facts, rows, given.append)
     end_ranks()

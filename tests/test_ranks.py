@@ -109,7 +109,7 @@ def test_an_exit_code_survives_another_thread_that_starts_a_rank(
     ended = start("first")
     ended.receive()
     connection.wait([ended._process.sentinel])
-    read = forkserver.read_signed  # type: ignore[attr-defined]
+    read: Callable[[int], int] = vars(forkserver)["read_signed"]
     monkeypatch.setattr(forkserver, "read_signed", read_slowly)
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(start, "second")

@@ -117,27 +117,21 @@ class _Rank:
 
 
 def _main(
-    pipe: connection.Connection,
-    rank: int,
-    world_size: int,
-    store: Path,
-    backend: str,
-    group_timeout: float,
-    task: bytes,
+    pipe: connection.Connection, rank: int, world_size: int, store: Path, backend: str, seconds: float, task: bytes
 ) -> None:
     torch.set_num_threads(1)
     os.environ["TORCH_SHOW_CPP_STACKTRACES"] = "0"
     _make_warnings_errors()
-    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     try:
+        device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         dist.init_process_group(
             backend,
             init_method=f"file://{store}",
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=group_timeout),
+            timeout=timedelta(seconds=seconds),
         )
         dist.barrier()  # a rank whose body needs no other must not leave while they still connect
         body, args = pickle.loads(task)

@@ -37,39 +37,27 @@ def shift() -> list[Experiment]:
 
 
 def broken() -> list[Experiment]:
-    """Return one broken rank of eight, the first or the last."""
-    few = (
-        "averaging",
-        "guard only",
-        "default",
-        "neighborhood",
-        "momenta 0.7",
-        "consensus",
-        "sequential",
-        "oracle",
+    """Return one broken rank of eight, the first or the last, and none."""
+    return [_broken(None), *(_broken(Fault(kind, rank)) for kind in FAULTS for rank in (0, 7))]
+
+
+def _broken(fault: Fault | None) -> Experiment:
+    kind, rank = (fault.kind, fault.rank) if fault else ("none", 0)
+    few = ("averaging", "guard only", "default", "neighborhood", "momenta 0.7", "consensus", "sequential",
+           "oracle")  # fmt: skip
+    return Experiment(
+        f"broken {kind} rank {rank}" if fault else "broken none",
+        "broken",
+        f"digits, W=8, batch 10, {f'{kind} on rank {rank}' if fault else 'nothing broken'}",
+        replace(digits_run(8, 10, 400), fault=fault),
+        few if rank else (*ALL, "guard only"),
+        tau=0.95,
+        bad=(rank,) if fault else (),
+        lrs=(0.005, 0.02, 0.05),
+        real_arms=_repeated(kind) if fault and rank == 0 else (),
+        real_seeds=1,
+        notes={"fault": kind, "rank": rank},
     )
-    broken = [
-        Experiment(
-            f"broken {kind} rank {rank}",
-            "broken",
-            f"digits, W=8, batch 10, {kind} on rank {rank}",
-            replace(digits_run(8, 10, 400), fault=Fault(kind, rank)),
-            (*ALL, "guard only") if rank == 0 else few,
-            tau=0.95,
-            bad=(rank,),
-            lrs=(0.005, 0.02, 0.05),
-            real_arms=_repeated(kind) if rank == 0 else (),
-            real_seeds=1,
-            notes={"fault": kind, "rank": rank},
-        )
-        for kind in FAULTS
-        for rank in (0, 7)
-    ]
-    none = Experiment(
-        "broken none", "broken", "digits, W=8, batch 10, nothing broken", digits_run(8, 10, 400),
-        (*ALL, "guard only"), tau=0.95, lrs=(0.005, 0.02, 0.05), notes={"fault": "none", "rank": 0},
-    )  # fmt: skip
-    return [none, *broken]
 
 
 def _repeated(fault: str) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ class Store:
         return self._records[run.key]
 
     def add(self, run: Run, record: Record) -> None:
-        """Keep a finished run, at once."""
+        """Write a finished run down, at once."""
         counts = "" if run.rule.like else "".join(DIGITS[count] for count in record["counts"])
         numbers = {name: round(v, 4) if isinstance(v, float) else v for name, v in record.items()}
         self._records[run.key] = numbers | {"counts": counts}
