@@ -37,9 +37,10 @@ def connect(state: GAFState, bucket: Any) -> Pipeline:
     if group.size() == 1:
         message = "gaf_ddp: world size 1, there are no other gradients to filter against"
         warnings.warn(message, stacklevel=3)
+    # A schedule that raises does so before the others are met: their errors name this rank then.
+    settings = {**shared(state, state._weighting_now(), bucket.buffer().device), "step": state.step}
     lasting = {name: getattr(state, name) for name in _LASTING}
     pipeline = Pipeline(group, bucket.buffer().device, judge=state._judge, **lasting)
-    settings = {**shared(state, state._weighting_now(), pipeline.device), "step": state.step}
     require_same(as_text(settings), pipeline.lane.group, pipeline.device)
     if state.voters == "host":
         pipeline.judge = ByHosts(state._judge, hosts_of(pipeline.lane.group, pipeline.device), pipeline.device)
