@@ -4,10 +4,12 @@
 #   NODES=2 RDZV_HOST=10.0.0.1 launch/multi_node.sh --data cifar10 --out runs/cifar10 --resume
 #
 # What to set:
-#   NODES       how many machines take part
+#   NODES       how many machines take part; or the least and the most of them, as in 1:4: the job goes on with
+#               those that are left, or that came, from its last checkpoint (with --steps: --epochs depend on the ranks)
 #   RDZV_HOST   name or address of one of them, on the network that all of them share
 #   RDZV_PORT   a free port there                                    (29400)
 #   GPUS        ranks on each machine                                (its GPUs, or 4 on the CPU)
+#   RESTARTS    how often all ranks start again if one dies          (0, or 3 where NODES is a range)
 #   JOB         a name, if several jobs use the same host and port   (gaf_ddp)
 # Let --out be a folder that all machines share: rank 0, on whichever of them it starts, writes there.
 #
@@ -21,6 +23,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${RDZV_HOST:?set it to the name or address of one of the machines}"
 RDZV_PORT=${RDZV_PORT:-29400}
 JOB=${JOB:-gaf_ddp}
+[[ $NODES != *:* ]] || RESTARTS=${RESTARTS:-3}
 gpus_here() { nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true; }
 GPUS=${GPUS:-$(gpus_here)}
 [[ $GPUS != 0 ]] || GPUS=4
@@ -42,6 +45,10 @@ if [[ $own_address != 127.* && $own_address != ::1 ]]; then
   [[ $own_address != "$host_address" ]] || network+=(--rdzv-conf is_host=1)
 fi
 
-exec torchrun --nnodes "$NODES" --nproc-per-node "$GPUS" \
+# Else ranks that are started again find, in the store they share with torchrun, the addresses of those that died,
+# and wait for them: torch 2.14 on gloo, with plain DDP too.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
+exec torchrun --nnodes "$NODES" --nproc-per-node "$GPUS" --max-restarts "${RESTARTS:-0}" \
   --rdzv-backend c10d --rdzv-id "$JOB" --rdzv-endpoint "$RDZV_HOST:$RDZV_PORT" "${network[@]}" \
   -m launch.train "$@"

@@ -4,6 +4,7 @@
 #   launch/single_node.sh                                  the demonstration
 #   launch/single_node.sh --data cifar10 --download        any option of launch.train
 #   GPUS=2 launch/single_node.sh                           fewer ranks than there are GPUs
+#   RESTARTS=3 launch/single_node.sh --out runs/1 --resume if a rank dies: all start again, from the last checkpoint
 #
 # Nothing has to be changed here. To see what NCCL does: NCCL_DEBUG=INFO.
 set -euo pipefail
@@ -13,4 +14,8 @@ gpus_here() { nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true; }
 GPUS=${GPUS:-$(gpus_here)}
 [[ $GPUS != 0 ]] || GPUS=4
 
-exec torchrun --standalone --nproc-per-node "$GPUS" -m launch.train "$@"
+# Else ranks that are started again find, in the store they share with torchrun, the addresses of those that died,
+# and wait for them: torch 2.14 on gloo, with plain DDP too.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
+exec torchrun --standalone --nproc-per-node "$GPUS" --max-restarts "${RESTARTS:-0}" -m launch.train "$@"

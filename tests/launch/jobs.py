@@ -26,18 +26,8 @@ SEVERAL_BUCKETS = ["--data", "fake", "--image-size", 32, "--model", "mlp", "--co
 SEVERAL_BUCKETS += ["--steps", 12, "--eval-every", 2, "--checkpoint-every", 4, "--batch-size", 4, "--augment"]
 SEVERAL_BUCKETS += ["--tau", 1]  # keeps some, and not all
 # What a test under torchrun or Slurm would hand on by mistake.
-NOT_INHERITED = (
-    "RANK",
-    "LOCAL_",
-    "WORLD_SIZE",
-    "MASTER_",
-    "TORCHELASTIC",
-    "SLURM_",
-    "GLOO_",
-    "GPUS",
-    "NODES",
-    "RDZV_",
-)
+NOT_INHERITED = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "TORCH", "SLURM_", "SKYPILOT_", "PET_", "GLOO_")
+NOT_INHERITED += ("GPUS", "NODES", "RDZV_", "RESTARTS")
 
 RunRanks = Callable[..., list[Any]]
 

@@ -7,51 +7,22 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.launch.jobs import REPOSITORY, environment
+from tests.launch.jobs import REPOSITORY, assert_same_job
+from tests.launch.stand_ins import LAUNCH, Tools, output_of, stand_ins
 
-LAUNCH = REPOSITORY / "launch"
 JOB = ["--seeds", "1", "--steps", "20", "--method", "gaf", "--corrupt-ranks", "1"]
 TIMEOUT = 120.0  # seconds for a job of about ten
-
-
-@dataclass(frozen=True)
-class Tools:
-    """A folder of stand-in programs that comes first in the path."""
-
-    folder: Path
-
-    def add(self, name: str, *lines: str) -> None:
-        """Make an executable bash script."""
-        path = self.folder / name
-        path.write_text("\n".join(["#!/usr/bin/env bash", *lines, ""]))
-        path.chmod(0o755)
-
-    def environment(self, **values: str) -> dict[str, str]:
-        """Return an environment with these tools, the repository, and the values given."""
-        return environment(**{"PATH": f"{self.folder}:{os.environ['PATH']}", **values})
-
-
-def _tools(folder: Path) -> Tools:
-    """Return stand-ins for no GPUs, and for the torchrun of the interpreter that runs the tests."""
-    tools = Tools(folder / "tools")
-    tools.folder.mkdir()
-    tools.add("torchrun", f'exec "{sys.executable}" -m torch.distributed.run "$@"')
-    tools.add("nvidia-smi", "exit 9")
-    return tools
 
 
 @pytest.fixture
 def tools(tmp_path: Path) -> Tools:
     """Return the stand-ins of one test."""
-    return _tools(tmp_path)
+    return stand_ins(tmp_path)
 
 
 def _start(command: Sequence[object], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
@@ -75,32 +46,14 @@ def _finish(*started: tuple[subprocess.Popen[bytes], Path]) -> list[str]:
     return logs
 
 
-def _shown(command: Sequence[object], environment: dict[str, str]) -> str:
-    """Return what a command prints that ends at once."""
-    arguments = [str(part) for part in command]
-    return subprocess.run(
-        arguments, env=environment, check=True, capture_output=True, text=True, timeout=30
-    ).stdout
-
-
 @pytest.fixture(scope="module")
 def single_node(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return where one node with four ranks left its results, for every other way of starting to reproduce."""
     folder = tmp_path_factory.mktemp("single_node")
     command = [LAUNCH / "single_node.sh", *JOB, "--out", folder / "out"]
     log = folder / "log"
-    _finish((_start(command, _tools(folder).environment(), log), log))
+    _finish((_start(command, stand_ins(folder).environment(), log), log))
     return folder
-
-
-def _assert_same_results(folder: Path, expected: Path) -> None:
-    assert (folder / "metrics.jsonl").read_text() == (expected / "metrics.jsonl").read_text()
-    here, there = (
-        torch.load(f / "checkpoint.pt", weights_only=True)["trainer"]["model"] for f in (folder, expected)
-    )
-    assert here.keys() == there.keys()
-    for name in here:
-        assert torch.equal(here[name], there[name]), name
 
 
 @pytest.mark.job
@@ -111,14 +64,19 @@ def test_single_node(single_node: Path) -> None:
     assert (single_node / "out" / "agreement.png").exists()
 
 
-@pytest.mark.parametrize(("gpus", "ranks"), [("", "2"), ("1", "1")], ids=["all GPUs", "fewer"])
-def test_single_node_starts_a_rank_per_gpu(tools: Tools, gpus: str, ranks: str) -> None:
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        ({}, "--nproc-per-node 2 --max-restarts 0"),
+        ({"GPUS": "1", "RESTARTS": "3"}, "--nproc-per-node 1 --max-restarts 3"),
+    ],
+    ids=["all GPUs", "fewer"],
+)
+def test_single_node_starts_a_rank_per_gpu(tools: Tools, given: dict[str, str], options: str) -> None:
     tools.add("nvidia-smi", 'echo "GPU 0: H100 (UUID: a)"; echo "GPU 1: H100 (UUID: b)"')
     tools.add("torchrun", 'echo "$PWD $*"')
-    shown = _shown(
-        [LAUNCH / "single_node.sh", "--tau", "1"], tools.environment(**({"GPUS": gpus} if gpus else {}))
-    )
-    assert shown == f"{REPOSITORY} --standalone --nproc-per-node {ranks} -m launch.train --tau 1\n"
+    printed = output_of([LAUNCH / "single_node.sh", "--tau", "1"], tools.environment(**given))
+    assert printed == f"{REPOSITORY} --standalone {options} -m launch.train --tau 1\n"
 
 
 @pytest.fixture
@@ -166,7 +124,7 @@ def test_two_nodes_train_to_the_same_bits_as_one(
     ]
     shown = "".join(_finish(*zip(agents, logs, strict=True)))
     assert shown.count("4 ranks on cpu") == 1
-    _assert_same_results(out, single_node / "out")
+    assert_same_job(out, single_node / "out")
 
 
 @pytest.mark.parametrize("missing", ["NODES", "RDZV_HOST"])
@@ -179,13 +137,14 @@ def test_multi_node_says_what_to_set(tools: Tools, missing: str) -> None:
     assert f"{missing}: set it to" in ended.stderr
 
 
-def test_multi_node_on_one_machine_leaves_addresses_to_torchrun(tools: Tools) -> None:
+@pytest.mark.parametrize(("nodes", "restarts"), [("2", 0), ("1:4", 3)], ids=["fixed", "elastic"])
+def test_multi_node_on_one_machine_leaves_addresses_to_torchrun(tools: Tools, nodes: str, restarts: int) -> None:
     """With a loopback address torchrun itself sees who hosts the rendezvous; telling it twice would fail."""
     tools.add("torchrun", 'echo "$*"')
-    environment = tools.environment(NODES="2", RDZV_HOST="127.0.0.1", RDZV_PORT="1234", GPUS="3", JOB="mine")
-    assert _shown([LAUNCH / "multi_node.sh"], environment) == (
-        "--nnodes 2 --nproc-per-node 3 --rdzv-backend c10d --rdzv-id mine --rdzv-endpoint 127.0.0.1:1234 "
-        "-m launch.train\n"
+    given = tools.environment(NODES=nodes, RDZV_HOST="127.0.0.1", RDZV_PORT="1234", GPUS="3", JOB="mine")
+    assert output_of([LAUNCH / "multi_node.sh"], given) == (
+        f"--nnodes {nodes} --nproc-per-node 3 --max-restarts {restarts} "
+        "--rdzv-backend c10d --rdzv-id mine --rdzv-endpoint 127.0.0.1:1234 -m launch.train\n"
     )
 
 
@@ -220,7 +179,7 @@ def test_slurm(tools: Tools, tmp_path: Path, single_node: Path) -> None:
     spooled = shutil.copy(LAUNCH / "slurm.sbatch", tmp_path / "slurm_script")  # sbatch runs a copy elsewhere
     (shown,) = _finish((_start(["bash", spooled, *JOB], environment, log), log))
     assert shown.count("4 ranks on cpu") == 1
-    _assert_same_results(tmp_path / "runs" / number, single_node / "out")
+    assert_same_job(tmp_path / "runs" / number, single_node / "out")
 
 
 def test_slurm_file_asks_for_one_task_per_node() -> None:
@@ -233,6 +192,7 @@ def test_slurm_file_asks_for_one_task_per_node() -> None:
 def test_job_files_are_clean(name: str) -> None:
     text = (LAUNCH / name).read_text()
     assert "set -euo pipefail" in text
+    assert "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in text
     assert subprocess.run(["bash", "-n", LAUNCH / name], timeout=30).returncode == 0
     if shutil.which("shellcheck"):
         checked = subprocess.run(["shellcheck", LAUNCH / name], capture_output=True, text=True, timeout=60)
