@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gaf_ddp import GAFState, Mean, NeighborhoodAgreement, Weighting, gaf_hook, settings, skip_on_disagreement
+from gaf_ddp import GAFState, Mean, NeighborhoodAgreement, Weighting, connect, gaf_hook, skip_on_disagreement
 from tests.nets import Probe, ddp
 
 Ranks = Callable[..., list[Any]]
@@ -38,7 +38,8 @@ def half(step: int) -> float:
 def backwards(device: torch.device, usual: dict[str, Any], unusual: dict[str, Any], step: int) -> list[str]:
     """Return how two models' first backwards end where rank 1's settings, or its step, differ."""
     mine = dist.get_rank() == 1
-    state = GAFState(**(unusual if mine else usual))
+    settings = unusual if mine else usual
+    state = GAFState(**(settings if "weighting" in settings else {"tau": 1.0, **settings}))
     state.step = step if mine else 0
     ends = []
     for _ in range(2):
@@ -111,7 +112,7 @@ def test_what_decides_alike_or_cannot_be_compared_is_no_difference(ranks: Ranks)
 
 def backward_with_another_torch(device: torch.device) -> list[str]:
     if dist.get_rank() == 1:
-        settings.versions = lambda: {"torch": "1.0", "triton": "none"}  # type: ignore[assignment]
+        connect.versions = lambda: {"torch": "1.0", "triton": "none"}  # type: ignore[assignment,attr-defined]
     return backwards(device, {}, {}, 0)
 
 

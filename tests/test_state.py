@@ -69,10 +69,9 @@ class TestSettings:
             ({"vote_momentum": 1}, r"vote_momentum must be a number in \[0, 1\), found 1"),
             ({"vote_momentum": -0.1}, r"vote_momentum must be a number in \[0, 1\), found -0.1"),
             ({"vote_momentum": None}, r"vote_momentum must be a number in \[0, 1\), found None"),
-            (
-                {"vote_momentum": 0.5},
-                "the consensus rule has momenta of its own: vote_momentum must be 0, found 0.5",
-            ),
+            ({"vote_momentum": 0.5}, "vote_momentum must be 0 with the consensus rule and .*, found 0.5"),
+            ({"voters": "node"}, "voters must be 'rank' or 'host', found 'node'"),
+            ({"voters": "host", "exchange": "sharded"}, "voters='host' is for exchange 'sketch', found 'sharded'"),
             ({"max_norm_ratio": True}, "max_norm_ratio must be None or a number >= 1, found True"),
         ],
         ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -103,6 +102,7 @@ class TestSettings:
             {"sketch_size": 64},
             {"watch": True},
             {"watch": True, "tau": 1.0},
+            {"voters": "host"},
         ],
         ids=str,
     )
@@ -117,6 +117,7 @@ class TestSettings:
         assert (state.tau, state.scope, state.exchange, state.start_step) == (None, "running", "sketch", 0)
         assert (state.process_group, state.weighting, state.wire_dtype) == (None, None, None)
         assert (state.max_norm_ratio, state.vote_momentum, state.sketch_size, state.watch) == (10, 0, 4096, False)
+        assert state.voters == "rank"
         assert (state.step, state.agreement, state.decisions, state.summary()) == (0, None, [], {})
 
     @pytest.mark.parametrize("settings", [{"tau": 1.0}, {"weighting": Mean()}], ids=str)
