@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.command_line import described, new_file, positive, size_in_bytes
+from benchmarks.cost import SKETCH_SIZE
 from benchmarks.measure import (
     banner,
     calls_at_once,
@@ -37,14 +38,19 @@ from gaf_ddp.agreement import decide
 from gaf_ddp.collectives import all_gather_single, reduce_scatter_single
 from gaf_ddp.exchange import Exchange, GatherExchange, ShardedExchange
 from gaf_ddp.peer import PeerExchange
+from gaf_ddp.sketch_exchange import SketchExchange
 
 Operation = tuple[Callable[[], object], Callable[[], int], float]  # run, count wrong elements, busbw factor
 
 
 def exchanges(group: dist.ProcessGroup, device: torch.device) -> dict[str, Exchange]:
     """Return the exchanges that the hook would choose from, over the group itself."""
-    sharded = PeerExchange(group) if device.type == "cpu" else ShardedExchange(group)
-    return {"sharded": sharded, "gather": GatherExchange(group)}
+    on_cpu = device.type == "cpu"
+    return {
+        "sketch": SketchExchange(group, SKETCH_SIZE, small_messages=group if on_cpu else None),
+        "sharded": PeerExchange(group) if on_cpu else ShardedExchange(group),
+        "gather": GatherExchange(group),
+    }
 
 
 def filter_bucket(exchange: Exchange, bucket: Tensor) -> None:

@@ -2,9 +2,10 @@
 
 A message of s bytes takes `alpha + beta s`, and those that leave a host share its link. A ring all-reduce of S
 bytes is 2 (W − 1) messages of S/W, of which one rank's leave its host. The sharded filter is W − 1 messages of S/W
-out and as many back, of which every rank's to other hosts leave; a ring all-reduce of the Gramian; one pass of
-gram and one of combine over S bytes; and the decision. The gather filter is a ring all-gather of S, a broadcast of
-the Gramian, passes over W S bytes and an all-reduce.
+out and as many back, of which every rank's to other hosts leave, and one pass of gram and one of combine over S
+bytes. The sketch filter is a pass of fold and one of combine over S bytes, the sketch to every rank, or its slices
+beyond 256 KB of sketches, and a ring all-reduce. The gather filter is a ring all-gather of S, a broadcast of the
+Gramian, passes over W S bytes and an all-reduce. The first two all-reduce the Gramian, and all decide.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 from gaf_ddp.collectives import reduced_numbers
 
+SKETCH_SIZE = 4096  # numbers, GAFState's default
 WORLD_SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -23,6 +25,7 @@ class Constants:
     beta: float  # seconds per byte that leaves a host
     gram: float  # seconds per byte of rows
     combine: float  # seconds per byte of rows
+    fold: float  # seconds per byte of a bucket
     decision: dict[int, float]  # seconds by W
 
 
@@ -59,6 +62,17 @@ def sharded(world: int, size: float, c: Constants, ranks_per_host: int = 1) -> C
     return Cost(seconds, sent + gramian.bytes_sent, size + 8 * world**2)
 
 
+def sketch(world: int, size: float, c: Constants, ranks_per_host: int = 1) -> Cost:
+    """Return the cost of the filter over sketches; scaling is a combine of one row."""
+    reduce, gramian = all_reduce(world, size, c), all_reduce(world, 8 * (reduced_numbers(world) + world), c)
+    whole = 4 * SKETCH_SIZE * (world - 1) <= 2**18  # as SketchExchange has it
+    received = SKETCH_SIZE * 4 * (world if whole else 1)
+    sent = received / world * ranks_per_host * (world - ranks_per_host)
+    seconds = reduce.seconds + (world - 1) * c.alpha + sent * c.beta + gramian.seconds
+    seconds += size * (c.fold + c.combine) + c.decision[world]
+    return Cost(seconds, reduce.bytes_sent + sent + gramian.bytes_sent, received + 8 * world**2)
+
+
 def gather(world: int, size: float, c: Constants) -> Cost:
     """Return the cost of the gather filter; rings both, so that the hosts' size does not matter."""
     reduce, sent = all_reduce(world, size, c), (world - 1) * size
@@ -81,6 +95,7 @@ def predict(
             "measured": next((p for p in points if p["W"] == world), None),
         }
         for name, cost in (
+            ("sketch", sketch(world, size, constants, ranks_per_host)),
             ("sharded", sharded(world, size, constants, ranks_per_host)),
             ("gather", gather(world, size, constants)),
         ):

@@ -34,11 +34,13 @@ def hooks() -> dict[str, Hook]:
         # On gloo PowerSGD reorders its collectives between ranks when there are several buckets, and dies.
         "powersgd": Hook(_power_sgd, one_bucket=gloo, note="rank 1" + ", one bucket" * gloo),
     }
+    named["gaf"] = _gaf(note="GAFState(): over sketches")
+    named["gaf-bf16"] = _gaf(wire_dtype=torch.bfloat16)
     for scope in ("bucket", "model"):
         for exchange in ("sharded", "gather"):
-            named[f"gaf-{scope}-{exchange}"] = _gaf(scope=scope, exchange=exchange)
+            named[f"gaf-{scope}-{exchange}"] = _gaf(tau=1.0, scope=scope, exchange=exchange)
         for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-            named[f"gaf-{scope}-{name}"] = _gaf(scope=scope, exchange="sharded", wire_dtype=dtype)
+            named[f"gaf-{scope}-{name}"] = _gaf(tau=1.0, scope=scope, exchange="sharded", wire_dtype=dtype)
     return named
 
 
@@ -55,8 +57,8 @@ def _plain(hook: Any, note: str = "") -> Hook:
     return Hook(lambda model: model.register_comm_hook(None, hook), note=note)
 
 
-def _gaf(**settings: Any) -> Hook:
-    return Hook(lambda model: model.register_comm_hook(GAFState(tau=1.0, **settings), gaf_hook))
+def _gaf(note: str = "", **settings: Any) -> Hook:
+    return Hook(lambda model: model.register_comm_hook(GAFState(**settings), gaf_hook), note=note)
 
 
 def _power_sgd(model: DistributedDataParallel) -> None:

@@ -16,7 +16,7 @@ from benchmarks.command_line import described
 from benchmarks.measure import machine, read_runs
 
 HERE = Path(__file__).parent / "results"
-COLOURS = {"gaf_sharded": "#0072B2", "gaf_gather": "#D55E00"}
+COLOURS = {"gaf_sketch": "#009E73", "gaf_sharded": "#0072B2", "gaf_gather": "#D55E00"}
 SCOPES = {"gaf-bucket-sharded": "#0072B2", "gaf-model-sharded": "#009E73"}
 MARKERS = "osD^v"
 
@@ -39,6 +39,8 @@ def draw_collectives(results: list[dict[str, Any]], path: Path) -> None:
     for axis, result in zip(axes[0], results, strict=True):
         for name, colour in COLOURS.items():
             rows = [row for row in result["rows"] if row["collective"] == name]
+            if not rows:
+                continue
             axis.plot(
                 [row["size"] for row in rows],
                 [row["to_all_reduce"]["median"] for row in rows],
@@ -111,10 +113,13 @@ def draw_scaling(result: dict[str, Any], path: Path) -> None:
     worlds = [row["W"] for row in rows]
     titles = {"time_ratio": "Time, all-reduce = 1 (dots: measured)", "bytes_ratio": "Bytes sent, all-reduce = 1"}
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
-        for name, colour in (("sharded", "#0072B2"), ("gather", "#D55E00")):
+        for exchange, colour in COLOURS.items():
+            name = exchange.removeprefix("gaf_")
+            if name not in rows[0]:
+                continue
             values = [row[name][key] for row in rows]
             axis.plot(worlds, values, color=colour)
-            at = len(worlds) // 2 - 1
+            at = 1 if name == "sketch" else len(worlds) // 2 - 1  # on sharded's line where hosts have one rank
             axis.annotate(name, (worlds[at], values[at]), textcoords="offset points", xytext=(0, 8), color=colour)
         axis.axhline(1.0, color="0.6", linewidth=1)
         axis.set(xscale="log", yscale="log", xlabel="ranks W", title=title)
@@ -122,8 +127,10 @@ def draw_scaling(result: dict[str, Any], path: Path) -> None:
         axis.minorticks_off()
         axis.spines[["top", "right"]].set_visible(False)
     points = [row["measured"] for row in rows if row["measured"]]
-    ratios = [point["sharded"] / point["all_reduce"] for point in points]
-    axes[0].plot([point["W"] for point in points], ratios, "o", color="#0072B2")
+    for exchange, colour in COLOURS.items():
+        name = exchange.removeprefix("gaf_")
+        dots = [(point["W"], point[name] / point["all_reduce"]) for point in points if name in point]
+        axes[0].plot([world for world, _ in dots], [ratio for _, ratio in dots], "o", color=colour)
     megabytes = result["hardware"]["bucket_bytes"] / 2**20
     figure.suptitle(f"One bucket of {megabytes:.0f} MB: model, with constants measured on this machine")
     figure.supxlabel(machine(result["hardware"]), fontsize=8, color="0.4")

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from benchmarks.collectives import exchanges, filter_bucket
 from benchmarks.command_line import described, new_file, positive, size_in_bytes
-from benchmarks.cost import WORLD_SIZES, Constants, predict
+from benchmarks.cost import SKETCH_SIZE, WORLD_SIZES, Constants, predict
 from benchmarks.measure import (
     Timings,
     banner,
@@ -35,6 +35,7 @@ from benchmarks.measure import (
 from benchmarks.pictures import draw_scaling
 from gaf_ddp import NeighborhoodAgreement, combine, gram
 from gaf_ddp.agreement import decide
+from gaf_ddp.sketch import fold
 
 
 def ranks_of_a_host() -> int:
@@ -62,6 +63,7 @@ def measure_constants(size: int, device: torch.device, repeats: int) -> Constant
             beta=(messages["large"] - messages["small"]) / size,
             gram=passes["gram"] / size,
             combine=passes["combine"] / size,
+            fold=passes["fold"] / size,
             decision={world: passes[str(world)] for world in WORLD_SIZES},
         )]  # fmt: skip
     dist.broadcast_object_list(found, src=0)
@@ -76,6 +78,7 @@ def measure_passes(group: dist.ProcessGroup, size: int, device: torch.device, re
     run: dict[str, Callable[[], object]] = {
         "gram": lambda: gram(rows),
         "combine": lambda: combine(rows, weights, out=shard),
+        "fold": lambda: fold(rows.view(-1), SKETCH_SIZE, seed=0),
     }
     for world in WORLD_SIZES:
         gramian = gram(torch.randn(world, 2 * world, device=device))
@@ -105,11 +108,12 @@ def measure_points(size: int, device: torch.device, repeats: int) -> list[dict[s
         group = subgroup(range(world))
         if group is not None:
             plain, bucket = torch.randn(2, size // 4, device=device)
-            exchange = exchanges(group, device)["sharded"]
             run: dict[str, Callable[[], object]] = {
-                "all_reduce": partial(dist.all_reduce, plain.zero_(), group=group),
-                "sharded": partial(filter_bucket, exchange, bucket),
+                "all_reduce": partial(dist.all_reduce, plain.zero_(), group=group)
             }
+            for name, exchange in exchanges(group, device).items():
+                if name != "gather":  # holds W buckets
+                    run[name] = partial(filter_bucket, exchange, bucket)
             timings = interleaved(run, repeats, device, calls_at_once(size, device), group=group)
             points.append({"W": world} | medians(timings))
         dist.barrier()
@@ -118,18 +122,17 @@ def measure_points(size: int, device: torch.device, repeats: int) -> list[dict[s
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return one aligned line per W; times and bytes are ratios to an all-reduce, memory is in buckets."""
-    lines = [
-        f"#{'W':>5} {'all_reduce':>11} | {'sharded':>8} {'measured':>8} {'bytes':>6} {'memory':>6} | "
-        f"{'gather':>8} {'bytes':>7} {'memory':>7} | {'decision':>9}"
-    ]
+    names = ("sketch", "sharded", "gather")
+    columns = "".join(f" | {name:>7} {'measured':>8} {'bytes':>7} {'memory':>7}" for name in names)
+    lines = [f"#{'W':>5} {'all_reduce':>11}{columns} | {'decision':>9}"]
     for row in rows:
-        one, all_, point = row["sharded"], row["gather"], row["measured"]
-        measured = f"{point['sharded'] / point['all_reduce']:.2f}" if point else ""
-        lines.append(
-            f"{row['W']:>6} {row['all_reduce_ms']:>9.1f}ms | {one['time_ratio']:>8.2f} {measured:>8} "
-            f"{one['bytes_ratio']:>6.3f} {one['memory_buckets']:>6.2f} | {all_['time_ratio']:>8.2f} "
-            f"{all_['bytes_ratio']:>7.2f} {all_['memory_buckets']:>7.1f} | {row['decision_us']:>7.0f}us"
-        )
+        line = f"{row['W']:>6} {row['all_reduce_ms']:>9.1f}ms"
+        for name in names:
+            cost, point = row[name], row["measured"] or {}
+            measured = f"{point[name] / point['all_reduce']:.2f}" if name in point else ""
+            line += f" | {cost['time_ratio']:>7.2f} {measured:>8} {cost['bytes_ratio']:>7.3f}"
+            line += f" {cost['memory_buckets']:>7.2f}"
+        lines.append(f"{line} | {row['decision_us']:>7.0f}us")
     return "\n".join(lines)
 
 

@@ -29,7 +29,8 @@ def run(module: str, output: Path, *arguments: str, ranks: int | None = 2) -> An
 def test_collectives(tmp_path: Path) -> None:
     result = run("benchmarks.collectives", tmp_path / "out.json")
     assert {row["collective"] for row in result["rows"]} == {
-        "all_reduce", "reduce_scatter", "all_gather", "all_to_all", "gaf_sharded", "gaf_gather",
+        "all_reduce", "reduce_scatter", "all_gather", "all_to_all", "gaf_sketch", "gaf_sharded",
+        "gaf_gather",
     }  # fmt: skip
     assert all(row["wrong"] == 0 and row["time_us"] > 0 for row in result["rows"])
     assert result["hardware"]["world_size"] == 2
@@ -70,6 +71,7 @@ def test_scaling(tmp_path: Path) -> None:
     rows = {row["W"]: row for row in result["rows"]}
     assert sorted(rows) == [2**i for i in range(1, 11)]
     assert rows[2]["measured"]["sharded"] > 0
+    assert rows[2]["measured"]["sketch"] > 0
     # The model's bytes: an all-reduce's, and to the bucket's the Gramian's, a triangle beyond 64 ranks, and a row.
     assert rows[64]["sharded"]["bytes_ratio"] == pytest.approx(1 + 8 * (64**2 + 64) / 2**20)
     assert rows[128]["sharded"]["bytes_ratio"] == pytest.approx(1 + 8 * (128 * 129 / 2 + 128) / 2**20)
