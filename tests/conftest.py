@@ -12,6 +12,13 @@ from tools.ranks import run_ranks
 torch.set_num_threads(1)  # the tests' tensors are small, and the ranks want the cores
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that start ranks, which the quick loop leaves out."""
+    for item in items:
+        if {"ranks", "gloo_ranks", "nccl_ranks"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.ranks)
+
+
 def _ranks(backend: str, folder: Path) -> Callable[..., list[Any]]:
     def run(world_size: int, *args: Any, **options: Any) -> list[Any]:
         if backend == "nccl" and torch.cuda.device_count() < world_size:

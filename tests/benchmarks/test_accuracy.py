@@ -29,6 +29,7 @@ def alone(run: Run, counts: tuple[int, ...] = ()) -> Record:
     return train(run, task, ranks.model, ranks.step)
 
 
+@pytest.mark.job
 def test_quick_writes_table_and_picture_and_resumes(tmp_path: Path) -> None:
     command = ["--experiments", "shift w3 bad 1", "--quick", "--jobs", "2", "--out", str(tmp_path)]
     main(command)

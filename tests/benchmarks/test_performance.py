@@ -26,6 +26,7 @@ def run(module: str, output: Path, *arguments: str, ranks: int | None = 2) -> An
     return json.loads(output.read_text())
 
 
+@pytest.mark.job
 def test_collectives(tmp_path: Path) -> None:
     result = run("benchmarks.collectives", tmp_path / "out.json")
     assert {row["collective"] for row in result["rows"]} == {
@@ -36,6 +37,7 @@ def test_collectives(tmp_path: Path) -> None:
     assert result["hardware"]["world_size"] == 2
 
 
+@pytest.mark.job
 def test_step_time(tmp_path: Path) -> None:
     result = run("benchmarks.step_time", tmp_path / "out.json", "--interface", "lo")
     rows = {row["hook"]: row for row in result["rows"]}
@@ -51,6 +53,7 @@ def test_runs_are_appended_to_those_of_a_file(tmp_path: Path) -> None:
     assert [result["hardware"]["W"] for result in read_runs(path)] == [1, 2, 3]
 
 
+@pytest.mark.job
 def test_step_time_rejects_an_unknown_hook(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m"]
     command += ["benchmarks.step_time", "--model", "transformer", "--hooks", "nonsense"]
@@ -60,11 +63,13 @@ def test_step_time_rejects_an_unknown_hook(tmp_path: Path) -> None:
     assert "found nonsense" in done.stderr
 
 
+@pytest.mark.job
 def test_filtering(tmp_path: Path) -> None:
     result = run("benchmarks.filtering", tmp_path / "out.json", "--device", "cpu", ranks=None)
     assert {row["W"] for row in result["rows"]} == {2, 8}
 
 
+@pytest.mark.job
 def test_scaling(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     result = run("benchmarks.scaling", tmp_path / "out.json", "--plot", str(tmp_path / "out.png"))
@@ -83,6 +88,7 @@ def test_what_leaves_a_host_is_what_was_measured(hosts: int, ranks: int, measure
     assert leaving(hosts * ranks, ranks) == pytest.approx(measured, abs=0.005)
 
 
+@pytest.mark.job
 def test_pictures_of_the_committed_results(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     for path in (ROOT / "benchmarks" / "results").glob("*_gloo*.json"):
