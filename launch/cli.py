@@ -17,7 +17,11 @@ Train a classifier under DistributedDataParallel, with and without Gradient Agre
 Without arguments: scikit-learn's digits, one rank with wrong labels, averaging against the filter."""
 
 BASELINE_AND_FILTER = ("average", "gaf")
-EXAMPLE = "example: torchrun --standalone --nproc-per-node 4 -m launch.train --seeds 3"
+EPILOG = """\
+All flags must be the same on every rank. Exit codes: 0 all is done; 2 a setting, a file or a disk must be mended, as
+the last line says; 143 SIGTERM came, the job is saved and goes on with --resume; 1 anything else.
+
+example: torchrun --standalone --nproc-per-node 4 -m launch.train --seeds 3"""
 
 
 def parse(arguments: Sequence[str] | None = None) -> Settings:
@@ -48,7 +52,7 @@ class _Format(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHel
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="launch.train", description=DESCRIPTION, epilog=EXAMPLE, formatter_class=_Format, allow_abbrev=False
+        prog="launch.train", description=DESCRIPTION, epilog=EPILOG, formatter_class=_Format, allow_abbrev=False
     )
     _add_data(parser.add_argument_group("data"))
     _add_filter(parser.add_argument_group("method and filter"))

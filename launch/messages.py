@@ -41,7 +41,7 @@ def summed(*values: float) -> Tensor:
 
 
 def from_first(value: T) -> T:
-    """Return rank 0's value, plain ones and tensors in lists and dicts; what the others pass does not matter."""
+    """Return rank 0's value: plain ones, bytes and tensors in lists and dicts. What others pass is not used."""
     first = dist.get_rank() == 0
     tensors: list[Tensor] = []
     packed: Any = _packed(value, tensors) if first else None
@@ -59,6 +59,8 @@ def _packed(value: Any, tensors: list[Tensor]) -> Any:
     if isinstance(value, Tensor):
         tensors.append(value.cpu().contiguous())
         return {"tensor": len(tensors) - 1}
+    if isinstance(value, bytes):
+        return {"bytes": _packed(torch.tensor(bytearray(value), dtype=torch.uint8), tensors)}
     if isinstance(value, dict):
         return {"dict": [[key, _packed(part, tensors)] for key, part in value.items()]}
     if isinstance(value, (list, tuple)):
@@ -73,6 +75,8 @@ def _unpacked(value: Any, tensors: list[Tensor]) -> Any:
     ((kind, content),) = value.items()
     if kind == "tensor":
         return tensors[content]
+    if kind == "bytes":
+        return bytes(_unpacked(content, tensors).tolist())
     if kind == "dict":
         return {key: _unpacked(part, tensors) for key, part in content}
     return [_unpacked(part, tensors) for part in content]
