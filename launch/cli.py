@@ -18,8 +18,8 @@ Without arguments: scikit-learn's digits, one rank with wrong labels, averaging 
 
 BASELINE_AND_FILTER = ("average", "gaf")
 EPILOG = """\
-All flags must be the same on every rank. Exit codes: 0 all is done; 2 a setting, a file or a disk must be mended, as
-the last line says; 143 SIGTERM came, the job is saved and goes on with --resume; 1 anything else.
+All flags must be the same on every rank. Exit codes: 0 all is done; 2 a setting, a file or a disk must be mended,
+as the last line says; 143 SIGTERM came, the job is saved and goes on with --resume; 1 anything else.
 
 example: torchrun --standalone --nproc-per-node 4 -m launch.train --seeds 3"""
 

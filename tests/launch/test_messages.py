@@ -13,17 +13,14 @@ from tests.launch.jobs import RunRanks, assert_same
 
 def _state() -> dict[str, Any]:
     """Return what a trainer's state is made of: nested, with keys and tensors of several kinds."""
-    model = {"weight": torch.arange(6.0).view(2, 3).T, "count": torch.tensor(7), "on": torch.tensor([True, False])}
-    optimizer = {"state": {0: {"momentum": torch.ones(3, dtype=torch.bfloat16)}, 1: {}}, "rates": [0.1, None]}
-    memory = [b"", b"\0\xff"]
-    return {
-        "model": model,
-        "optimizer": optimizer,
-        "memory": memory,
-        "none": torch.empty(0),
-        "loss": [math.inf, 1],
-        "é\0": "\0",
+    model: dict[str, Any] = {
+        "weight": torch.arange(6.0).view(2, 3).T,
+        "count": torch.tensor(7),
+        "on": torch.tensor([True, False]),
     }
+    optimizer = {"state": {0: {"momentum": torch.ones(3, dtype=torch.bfloat16)}, 1: {}}, "rates": [0.1, None]}
+    model |= {"none": torch.empty(0), "memory": [b"", b"\0\xff"]}
+    return {"model": model, "optimizer": optimizer, "loss": [math.inf, 1], "é\0": "\0"}
 
 
 def _rank(device: torch.device) -> None:
