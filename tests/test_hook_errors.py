@@ -57,6 +57,10 @@ FAILURES = [
     Failure("raises", on_all=False, step=2, static_graph=True),
     *(Failure(how, scope=scope, step=1) for how in ("shape", "dtype", "schedule") for scope in SCOPES),
     *(Failure(how, on_all=False) for how in ("shape", "dtype", "schedule")),
+    *(
+        Failure(how, scope=scope, step=1)
+        for how, scope in zip(("nan", "inf", "-0.5"), (*SCOPES, "bucket"), strict=True)
+    ),
 ]
 
 EXPECTED = {
@@ -69,6 +73,12 @@ EXPECTED = {
         "ValueError",
         "must return finite weights >= 0, floating point of shape (2,), found (2,) of torch.int64",
     ),
+    "nan": ("ValueError", "must return finite weights >= 0, floating point of shape (2,), found [nan, nan] from"),
+    "inf": ("ValueError", "must return finite weights >= 0, floating point of shape (2,), found [inf, inf] from"),
+    "-0.5": (
+        "ValueError",
+        "must return finite weights >= 0, floating point of shape (2,), found [-0.5, -0.5] from",
+    ),
     "schedule": ("ValueError", "tau must be a cosine distance in [0, 2], found 3.0"),
 }
 
@@ -78,6 +88,8 @@ def _answer(how: str) -> Tensor:
         return torch.ones(3)
     if how == "dtype":
         return torch.ones(2, dtype=torch.int64)
+    if how in ("nan", "inf", "-0.5"):
+        return torch.full((2,), float(how))
     raise LookupError("no weights today")
 
 

@@ -5,13 +5,17 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import gaf_ddp
+from gaf_ddp.agreement import decide
 
 NAMES = {
-    "Agreement": "(gramian, cosine, weights, kept, agreed, voters, nonfinite, overlong)",
-    "GAFState": "(process_group=None, tau=None, *, weighting=None, scope='bucket', exchange='auto', start_step=0, "
-    "wire_dtype=None, max_norm_ratio=10.0, vote_momentum=0.0)",
+    "Agreement": "(gramian, cosine, weights, kept, agreed, voters, nonfinite, overlong, distance=None, "
+    "flipped=None)",
+    "ConsensusAgreement": "(ratio=3.0)",
+    "GAFState": "(process_group=None, tau=None, *, weighting=None, scope=None, exchange='auto', start_step=0, "
+    "wire_dtype=None, max_norm_ratio=10.0, vote_momentum=0.0, sketch_size=4096, watch=False, voters='rank')",
     "Mean": "()",
     "MicrobatchFilter": "(parameters, tau=1.0, *, running='mean')",
     "NeighborhoodAgreement": "(tau)",
@@ -41,12 +45,34 @@ def test_public_names_say_what_they_are(name: str) -> None:
     assert (getattr(gaf_ddp, name).__doc__ or "").strip()
 
 
-def test_public_members_are_these() -> None:
-    def members(kind: type) -> set[str]:
-        return {name for name in vars(kind) if not name.startswith("_")}
+MEMBERS = {
+    "Agreement": "agreed cosine distance flipped gramian kept nonfinite overlong stack voters weights",
+    "ConsensusAgreement": "of_few ratio",
+    "GAFState": "agreement decisions exchange load_state_dict max_norm_ratio process_group scope sketch_size "
+    "start_step state_dict step summary tau vote_momentum voters watch weighting wire_dtype",
+    "Mean": "of_few",
+    "MicrobatchFilter": "accumulate finish overflowed running tau",
+    "NeighborhoodAgreement": "of_few tau",
+    "SequentialAgreement": "factor of_few running tau",
+    "Weighting": "",
+}
 
-    assert members(gaf_ddp.GAFState) >= {"agreement", "summary", "state_dict", "load_state_dict"}
-    assert members(gaf_ddp.MicrobatchFilter) == {"accumulate", "finish"}
+
+def test_public_members_are_these() -> None:
+    instances: list[object] = [
+        decide(torch.eye(2), gaf_ddp.Mean(), None),
+        gaf_ddp.ConsensusAgreement(),
+        gaf_ddp.GAFState(),
+        gaf_ddp.Mean(),
+        gaf_ddp.MicrobatchFilter([torch.ones(2, requires_grad=True)]),
+        gaf_ddp.NeighborhoodAgreement(1.0),
+        gaf_ddp.SequentialAgreement(1.0),
+        gaf_ddp.Weighting(),
+    ]
+    for instance in instances:
+        members = {name for name in {**vars(type(instance)), **vars(instance)} if not name.startswith("_")}
+        assert sorted(members) == MEMBERS[type(instance).__name__].split()
+    assert sorted(MEMBERS) == sorted(name for name in NAMES if name[0].isupper())
 
 
 def test_importing_the_package_starts_nothing() -> None:
