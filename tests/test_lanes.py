@@ -1,7 +1,10 @@
 """The lanes under DDP: many buckets in order, clean ends, and groups that come and go."""
 
 import gc
+import os
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +21,7 @@ from gaf_ddp import GAFState, gaf_hook
 from gaf_ddp.lanes import ThreadLane, open_lane
 from gaf_ddp.peer import PeerExchange
 from tests.nets import assert_replicas_equal, batches, ddp, mlp, world
+from tools.ranks import RankError
 
 Ranks = Callable[..., list[Any]]
 
@@ -231,3 +235,61 @@ def watch_copies(device: torch.device, scope: str) -> list[bool]:
 def test_ddp_copies_one_result_while_others_are_on_their_way(gloo_ranks: Ranks, scope: str) -> None:
     for copied in gloo_ranks(2, watch_copies, scope):
         assert copied == [True, True]
+
+
+def lose_rank_1(device: torch.device) -> None:
+    """Let rank 1 end before it ever met the others, who are told so, and in time."""
+    model = ddp(mlp(), device)
+    model.register_comm_hook(GAFState(tau=1.0), gaf_hook)
+    if dist.get_rank() == 1:
+        os._exit(3)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="gaf_ddp: before the first bucket: rank 0 lost rank 1: "):
+        model(torch.ones(3, 12)).sum().backward()
+    assert time.monotonic() - start < 30  # of the group's 60
+
+
+def test_a_rank_that_ended_before_the_first_bucket_is_named(gloo_ranks: Ranks) -> None:
+    with pytest.raises(RankError) as error:
+        gloo_ranks(2, lose_rank_1)
+    assert error.value.failures == {1: "died with exit code 3"}
+
+
+RAISE = """
+import sys, time
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from gaf_ddp import GAFState, gaf_hook
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+module = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9))
+model = DistributedDataParallel(module, bucket_cap_mb=0.0001)
+model.register_comm_hook(GAFState(tau=1.0), gaf_hook)
+for _ in range(2):
+    model(torch.ones(2, 9)).sum().backward()
+
+def fail(p):
+    open(f"{folder}/raised", "w").close()
+    raise LookupError("not today")
+
+if rank == 0:
+    time.sleep(100)
+module[0].weight.register_post_accumulate_grad_hook(fail)  # the other layer's bucket is on its way by then
+model(torch.ones(2, 9)).sum().backward()
+"""
+
+
+def test_a_rank_that_raised_ends_though_its_lane_waits_for_others(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", RAISE]
+    other, raising = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in range(2)]
+    try:
+        assert raising.wait(90) == 1
+        assert time.time() - (tmp_path / "raised").stat().st_mtime < 15
+        assert other.poll() is None
+    finally:
+        for process in (other, raising):
+            process.kill()
+            process.wait()
