@@ -1,6 +1,7 @@
 """An error in a weighting or a schedule: the exception on the rank, the end of the others, never a hang."""
 
 import os
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -196,6 +197,7 @@ def survive(device: torch.device, scope: str) -> None:
         os._exit(3)
     end = backward(model, device)
     assert end.kind == "RuntimeError"
+    assert re.search(r"gaf_ddp: step 2, bucket \d: rank 0 lost rank 1: ", end.traceback)
     assert end.seconds < 30  # of the group's 60
 
 
