@@ -100,7 +100,7 @@ class ByConsensus:
         ] = {}  # (2, W, W) by bucket: Gramians of its momenta and its gradients
         self._memories: dict[Hashable, ConsensusMemory] = {}  # by bucket, or one, called None
         self._last: dict[Hashable, tuple[Tensor, Tensor]] = {}  # of this step: matrices and voters, by memory
-        self._used: list[Hashable] = []  # in this step, in their order
+        self._used: dict[Hashable, None] = {}  # in this step, in their order
         self._loaded: list[Tensor] = []  # momenta that wait for their buckets, in these' order
         self._steps = 0  # of this process
 
@@ -115,7 +115,7 @@ class ByConsensus:
         for momentum, row in [(momenta, rows)] if isinstance(rows, Tensor) else zip(momenta, rows, strict=True):
             momentum.add_(row)
         self._momenta[key] = momenta
-        self._used.append(key)
+        self._used[key] = None
         return torch.cat([gram(momenta), gram(rows)])
 
     def _find(self, shape: tuple[int, int], like: Tensor) -> Tensor:
@@ -144,9 +144,8 @@ class ByConsensus:
 
     def finish(self) -> None:
         """Remember the step, and draw in what is far out, or not finite, in the momenta."""
-        used = set(self._used)
         self._momenta = {key: self._momenta[key] for key in self._used}
-        self._matrices = {key: matrices for key, matrices in self._matrices.items() if key in used}
+        self._matrices = {key: matrices for key, matrices in self._matrices.items() if key in self._used}
         for unit, (both, voters) in self._last.items():
             moves = self._memories[unit].decide(both[0], both[1], voters).moves
             if on_host(moves) and torch.equal(moves, torch.eye(len(moves), dtype=moves.dtype)):
@@ -159,7 +158,7 @@ class ByConsensus:
             for matrices in self._matrices.values():
                 matrices[1].masked_fill_(~(voters[:, None] & voters[None, :]), 0)
         self._memories = {unit: memory for unit, memory in self._memories.items() if unit in self._last}
-        self._last, self._used = {}, []
+        self._last, self._used = {}, {}
         self._steps += 1
         if self._steps == 2:  # DDP has laid its buckets out
             self._loaded = []
