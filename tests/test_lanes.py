@@ -25,7 +25,12 @@ from tools.ranks import RankError
 
 Ranks = Callable[..., list[Any]]
 
-every_scope = pytest.mark.parametrize("scope", ["bucket", "model"])
+every_scope = pytest.mark.parametrize("scope", ["bucket", "model", "running"])
+
+
+def make_state(scope: str) -> GAFState:
+    """Return a state that filters by tau, or in running scope by the rule without a threshold."""
+    return GAFState() if scope == "running" else GAFState(tau=1.0, scope=scope)  # type: ignore[arg-type]
 
 
 class Detours(nn.Module):
@@ -46,7 +51,7 @@ def train_with_delays(device: torch.device, steps: int, scope: str) -> tuple[int
     """Take steps in which each rank computes for random times between its buckets; return steps and buckets."""
     torch.manual_seed(0)
     model = ddp(Detours(), device, find_unused_parameters=True, bucket_cap_mb=0.0005)
-    state = GAFState(tau=1.0, scope=scope)  # type: ignore[arg-type]
+    state = make_state(scope)
     model.register_comm_hook(state, gaf_hook)
     chance = random.Random(dist.get_rank())
     for p in model.parameters():  # backward computes for a while
@@ -59,17 +64,12 @@ def train_with_delays(device: torch.device, steps: int, scope: str) -> tuple[int
         optimizer.step()
     assert_replicas_equal(model)
     assert state.agreement is not None
-    return state.step, len(state.agreement.kept) if scope == "bucket" else len(state.decisions[0].parameters)
+    return state.step, len(state.decisions[0].parameters) if scope == "model" else len(state.agreement.kept)
 
 
-def test_150_steps_of_many_buckets_with_delays(ranks: Ranks) -> None:
-    for steps, buckets in ranks(4, train_with_delays, 150, "bucket"):
-        assert (steps, buckets) == (150, 6)
-
-
-def test_50_steps_of_many_buckets_with_delays_in_model_scope(ranks: Ranks) -> None:
-    for steps, parameters in ranks(4, train_with_delays, 50, "model"):
-        assert (steps, parameters) == (50, 6)
+@pytest.mark.parametrize(("steps", "scope"), [(150, "bucket"), (50, "model"), (50, "running")])
+def test_many_steps_of_many_buckets_with_delays(ranks: Ranks, steps: int, scope: str) -> None:
+    assert ranks(4, train_with_delays, steps, scope) == [(steps, 6)] * 4
 
 
 def train(module: nn.Module, state: GAFState, device: torch.device, steps: int) -> None:
@@ -93,7 +93,7 @@ def new_default_group(store: Path) -> None:
 
 def train_in_two_groups(device: torch.device, folder: Path, scope: str) -> dict[str, Any]:
     """Train, destroy the group, make another in the same process, and go on with the same state."""
-    state, module = GAFState(tau=1.0, scope=scope), mlp()  # type: ignore[arg-type]
+    state, module = make_state(scope), mlp()
     train(module, state, device, 3)
     first = [thread for thread in threading.enumerate() if thread.name.startswith("gaf_ddp")]
     new_default_group(folder / "second")
@@ -121,7 +121,7 @@ class BackwardError(Exception):
 
 def break_off(device: torch.device, folder: Path, scope: str) -> tuple[int, int, int]:
     """Break the third backward off on all ranks after its first bucket; go on with the state in a new group."""
-    state, module = GAFState(tau=1.0, scope=scope), mlp()  # type: ignore[arg-type]
+    state, module = make_state(scope), mlp()
     (first, *_), calls = list(module.parameters()), []
 
     def fail(p: Tensor) -> None:
@@ -231,7 +231,7 @@ def watch_copies(device: torch.device, scope: str) -> list[bool]:
     return copied
 
 
-@every_scope
+@pytest.mark.parametrize("scope", ["bucket", "model"])
 def test_ddp_copies_one_result_while_others_are_on_their_way(gloo_ranks: Ranks, scope: str) -> None:
     for copied in gloo_ranks(2, watch_copies, scope):
         assert copied == [True, True]
