@@ -4,6 +4,8 @@ Each function equals the plain-torch one of the same name in gramian.py, which s
 deterministic: no atomics, partial sums in a fixed order.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -11,45 +13,39 @@ from torch import Tensor
 
 OPTIONS = {"enable_fp_fusion": True}  # Triton warns where it is left to a default that will change
 _LARGEST_GRAM = 64  # ranks; above, a slice is so short that torch's own product is no bottleneck
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def can_gram(rows: Tensor) -> bool:
     """Return whether `gram` takes these rows."""
-    return rows.dtype in (torch.float32, torch.bfloat16, torch.float16) and 2 <= len(rows) <= _LARGEST_GRAM
+    return rows.dtype in _DTYPES and 2 <= len(rows) <= _LARGEST_GRAM
 
 
 def can_combine(rows: Tensor, out: Tensor) -> bool:
     """Return whether `combine` takes these rows."""
-    wanted = (torch.float32, torch.bfloat16, torch.float16)
-    return rows.dtype in wanted and out.dtype in wanted and out.is_contiguous()
+    return rows.dtype in _DTYPES and out.dtype in _DTYPES and out.is_contiguous()
 
 
 def gram(rows: Tensor) -> Tensor:
-    """Return the Gramian `(W, W)` float32 of rows `(W, n)`; reads `W n` elements, writes W² per program."""
+    """Return the Gramian `(W, W)` float64 of rows `(W, n)`; reads `W n` elements, writes W² per program.
+
+    Where float32 cannot hold the square of a row, a program reads all rows once more for it.
+    """
     count, columns = rows.shape
-    rows = rows.contiguous()
-    padded = max(triton.next_power_of_2(count), 2)
-    # Few float32 rows: products and sums in registers, since tensor cores would round them to TF32.
-    in_registers = rows.dtype == torch.float32 and padded <= 16
-    padded = padded if in_registers else max(padded, 16)
-    block = 8192 // (padded * padded) if in_registers else (128 if rows.dtype == torch.float32 else 256)
-    programs = max(1, min(triton.cdiv(columns, block), programs_on(rows.device)))
-    partial = torch.empty(programs, count, count, dtype=torch.float32, device=rows.device)
+    single = rows.dtype == torch.float32
+    in_registers = count <= (8 if single else 4)
+    padded = max(triton.next_power_of_2(count), 2 if in_registers else 16)
+    warps = 1 if in_registers else 4
+    block = (1024 if in_registers or single else 4096) // padded  # larger ones spill, or idle where n is small
+    most = programs_on(rows.device) * 32 // (2 * padded if in_registers else max(padded, 32))
+    programs = max(1, min(triton.cdiv(columns, block), most))
+    partial = torch.empty(programs, count, count, dtype=torch.float64, device=rows.device)
     with torch.cuda.device_of(rows):  # Triton launches on the current device
         _gram_kernel[(programs,)](
-            rows,
-            partial,
-            columns,
-            COUNT=count,
-            PADDED=padded,
-            BLOCK=block,
-            IN_REGISTERS=in_registers,
-            # TF32 holds every float16 and bfloat16 exactly; three TF32 products make a float32 one.
-            PRECISION="tf32x3" if rows.dtype == torch.float32 else "tf32",
-            num_warps=4,
-            **OPTIONS,
-        )
-    return partial.sum(0, dtype=torch.float64).float()
+            rows.contiguous(), partial, *_units(columns), COUNT=count, PADDED=padded, BLOCK=block,
+            TILE=256 * warps // padded, IN_REGISTERS=in_registers, num_warps=warps, num_stages=5, **OPTIONS,
+        )  # fmt: skip
+    return partial.sum(0)
 
 
 def combine(rows: Tensor, weights: Tensor, out: Tensor) -> Tensor:
@@ -59,8 +55,9 @@ def combine(rows: Tensor, weights: Tensor, out: Tensor) -> Tensor:
     if columns:
         with torch.cuda.device_of(rows):
             _combine_kernel[(triton.cdiv(columns, block),)](
-                rows.contiguous(), weights.float(), out, columns, COUNT=count, BLOCK=block, num_warps=8, **OPTIONS
-            )
+                rows.contiguous(), weights.contiguous(), out, *_units(columns), COUNT=count, BLOCK=block,
+                num_warps=8, **OPTIONS,
+            )  # fmt: skip
     return out
 
 
@@ -77,43 +74,100 @@ def programs_on(device: torch.device) -> int:
     return 4 * int(torch.get_device_module(device).get_device_properties(device).multi_processor_count)
 
 
-@triton.jit
+def _units(columns: int) -> tuple[int, int]:
+    """Split columns into units and their size, so that the compiler sees what divides the distance of rows."""
+    align = math.gcd(columns, 16) if columns < 2**31 else 1  # the product is an int32 as its factors are
+    return columns // align, align
+
+
+@triton.jit(do_not_specialize=["units"])
 def _gram_kernel(
-    rows, partial, columns,
-    COUNT: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
-    IN_REGISTERS: tl.constexpr, PRECISION: tl.constexpr,
+    rows, partial, units, ALIGN: tl.constexpr, COUNT: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    TILE: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """Sum the products over every programs-th block of columns."""
-    program = tl.program_id(0)
+    columns = units * ALIGN
+    begin = tl.program_id(0) * BLOCK
     step = tl.num_programs(0) * BLOCK
     i = tl.arange(0, PADDED)
-    start = i.to(tl.int64)[:, None] * columns
+    exists = i < COUNT
     if IN_REGISTERS:
-        products = tl.zeros((PADDED, PADDED, BLOCK), dtype=tl.float32)
+        total = _in_registers(rows, columns, begin, step, i, COUNT, PADDED, BLOCK)
     else:
-        total = tl.zeros((PADDED, PADDED), dtype=tl.float32)
-    for first in range(program * BLOCK, columns, step):
-        column = first + tl.arange(0, BLOCK)
-        inside = (i < COUNT)[:, None] & (column < columns)[None, :]
-        x = tl.load(rows + start + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        if IN_REGISTERS:
-            products += x[:, None, :] * x[None, :, :]
-        else:
-            total = tl.dot(x, tl.trans(x), total, input_precision=PRECISION)
-    if IN_REGISTERS:
-        total = tl.sum(products, axis=2)
-    at = partial + program * COUNT * COUNT + i[:, None] * COUNT + i[None, :]
-    tl.store(at, total, mask=(i < COUNT)[:, None] & (i < COUNT)[None, :])
+        total = tl.zeros((PADDED, PADDED), dtype=tl.float64)
+        for first in range(begin, columns, step):
+            x = _load(rows, i, first + tl.arange(0, BLOCK), columns, COUNT)
+            # Exact in half precision; three TF32 products make a float32 one. Tensor cores cut sums off instead
+            # of rounding them, so they add up one block only.
+            total += tl.dot(x, tl.trans(x), input_precision="tf32x3").to(tl.float64)
+    square = tl.sum(tl.where(i[:, None] == i[None, :], total, 0.0), axis=1)
+    least = tl.cdiv(columns - begin, step) * (BLOCK * 1e-32)  # below it terms may have lost digits
+    lost = exists & ~((square >= least) & (square < float("inf")))
+    partial += tl.program_id(0) * COUNT * COUNT
+    tl.store(partial + i[:, None] * COUNT + i[None, :], total, mask=exists[:, None] & exists[None, :])
+    if tl.max(lost.to(tl.int32), axis=0) > 0:
+        _again(rows, partial, columns, begin, step, i, lost, COUNT, PADDED, BLOCK, TILE)
 
 
 @triton.jit
-def _combine_kernel(rows, weights, out, columns, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+def _in_registers(rows, columns, begin, step, i, COUNT: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the sums of one warp: a vector for each row, an accumulator for each pair of rows."""
+    sums = ()
+    for _ in tl.static_range(COUNT * (COUNT + 1) // 2):
+        sums += (tl.zeros((BLOCK,), dtype=tl.float32),)
+    for first in range(begin, columns, step):
+        column = first + tl.arange(0, BLOCK)
+        x, added = (), ()
+        for a in tl.static_range(COUNT):
+            at = rows + a * columns.to(tl.int64) + column
+            x += (tl.load(at, mask=column < columns, other=0.0).to(tl.float32),)
+            for b in tl.static_range(a + 1):
+                added += (sums[len(added)] + x[a] * x[b],)
+        sums = added
+    total = tl.zeros((PADDED, PADDED), dtype=tl.float64)
+    for a in tl.static_range(COUNT):
+        for b in tl.static_range(a + 1):
+            here = (i[:, None] == a) & (i[None, :] == b) | (i[:, None] == b) & (i[None, :] == a)
+            total = tl.where(here, tl.sum(sums[a * (a + 1) // 2 + b], axis=0).to(tl.float64), total)
+    return total
+
+
+@triton.jit
+def _again(
+    rows, partial, columns, begin, step, i, lost, COUNT: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Write what float32 lost once more, in float64, one row against all at a time: rare, no more registers."""
+    for a in range(COUNT):
+        if tl.max((lost & (i == a)).to(tl.int32), axis=0) > 0:
+            sums = tl.zeros((PADDED, TILE), dtype=tl.float64)
+            for first in range(begin, columns, step):
+                for part in range(first, first + BLOCK, TILE):
+                    column = part + tl.arange(0, TILE)
+                    own = tl.load(rows + a * columns.to(tl.int64) + column, mask=column < columns, other=0.0)
+                    x = _load(rows, i, column, columns, COUNT)
+                    sums += x.to(tl.float64) * own.to(tl.float64)[None, :]
+            tl.debug_barrier()  # after whatever another thread wrote there
+            tl.store(partial + a * COUNT + i, tl.sum(sums, axis=1), mask=i < COUNT)
+            tl.store(partial + i * COUNT + a, tl.sum(sums, axis=1), mask=i < COUNT)
+
+
+@triton.jit
+def _load(rows, i, column, columns, COUNT: tl.constexpr):
+    """Return columns of all rows `(PADDED, len(column))`, zeros outside."""
+    inside = (i < COUNT)[:, None] & (column < columns)[None, :]
+    return tl.load(rows + i.to(tl.int64)[:, None] * columns + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit(do_not_specialize=["units"])
+def _combine_kernel(rows, weights, out, units, ALIGN: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     """Sum one block of columns over the rows; the mask keeps a left-out row from being loaded."""
+    columns = units * ALIGN
     column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for i in range(COUNT):
-        weight = tl.load(weights + i)
+        weight = tl.load(weights + i).to(tl.float32)
         counts = inside & (tl.full((BLOCK,), 0.0, tl.float32) != weight)
         x = tl.load(rows + column, mask=counts, other=0.0).to(tl.float32)
         total += tl.where(counts, weight * x, 0.0)

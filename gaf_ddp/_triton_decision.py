@@ -1,7 +1,6 @@
-"""Decisions in Triton, for accelerators: one launch, in which few ranks' rows are averaged too, and no host sync.
+"""Decisions in Triton, for accelerators: one launch and no host sync.
 
-The functions equal `decide` (agreement.py) and `combine` (gramian.py), which stay the reference; tau is rounded to
-float32, as the Gramian is.
+`decide` equals the one in agreement.py, which stays the reference, in float64 as that.
 """
 
 from collections.abc import Callable
@@ -11,85 +10,58 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gaf_ddp._triton import OPTIONS, can_combine, programs_on
-from gaf_ddp.weighting import SequentialAgreement, TauRule, is_tau_rule
+from gaf_ddp._triton import OPTIONS
+from gaf_ddp.agreement import Agreement
+from gaf_ddp.weighting import Mean, NeighborhoodAgreement, SequentialAgreement
 
 _LARGEST = 1024  # ranks
-_LARGEST_COMBINED = 16  # ranks; every program takes the whole decision again
 
 
 def can_decide(gramian: Tensor, weighting: Callable[[Tensor], Tensor]) -> bool:
-    """Return whether `decide` takes this Gramian and this weighting."""
-    return is_tau_rule(weighting) and gramian.dtype == torch.float32 and 2 <= len(gramian) <= _LARGEST
+    """Return whether `decide` takes this Gramian and this weighting; a subclass may have another rule."""
+    known = type(weighting) in (Mean, NeighborhoodAgreement, SequentialAgreement)
+    return known and gramian.dtype == torch.float64 and 2 <= len(gramian) <= _LARGEST
 
 
-def can_decide_and_combine(
-    gramian: Tensor, weighting: Callable[[Tensor], Tensor], rows: Tensor, out: Tensor
-) -> bool:
-    """Return whether `decide_and_combine` takes these."""
-    return can_decide(gramian, weighting) and len(gramian) <= _LARGEST_COMBINED and can_combine(rows, out)
-
-
-def decide(gramian: Tensor, weighting: TauRule, max_norm_ratio: float | None) -> tuple[Tensor, ...]:
-    """Judge a Gramian `(W, W)` by the weighting behind the voter's guards.
-
-    Returns the fields of `Agreement` after the Gramian, in their order.
-    """
-    return _launch(gramian, weighting, max_norm_ratio, None, None)
-
-
-def decide_and_combine(
-    gramian: Tensor,
-    weighting: TauRule,
-    max_norm_ratio: float | None,
-    rows: Tensor,
-    out: Tensor,
-) -> tuple[Tensor, ...]:
-    """`decide`, and write the rows `(W, n)` by the weights into out `(n,)`; left-out rows are not even read."""
-    return _launch(gramian, weighting, max_norm_ratio, rows.contiguous(), out)
-
-
-def _launch(
-    gramian: Tensor,
-    weighting: TauRule,
-    max_norm_ratio: float | None,
-    rows: Tensor | None,
-    out: Tensor | None,
-) -> tuple[Tensor, ...]:
+def decide(
+    gramian: Tensor, weighting: Mean | NeighborhoodAgreement | SequentialAgreement, max_norm_ratio: float | None
+) -> Agreement:
+    """Judge a Gramian `(W, W)` by the weighting behind the voter's guards."""
     count, device = len(gramian), gramian.device
-    padded, block = triton.next_power_of_2(count), 1024
+    padded = triton.next_power_of_2(count)
     cosine = torch.empty(count, count, dtype=torch.float64, device=device)
-    weights = torch.empty(count, dtype=torch.float32, device=device)
+    weights = torch.empty(count, dtype=torch.float64, device=device)
     kept, voters, nonfinite, overlong = torch.empty(4, count, dtype=torch.bool, device=device)
     agreed = torch.empty((), dtype=torch.bool, device=device)
-    columns = 0 if rows is None else rows.shape[1]
-    programs = max(1, min(triton.cdiv(columns, block), programs_on(device)))
     with torch.cuda.device_of(gramian):  # Triton launches on the current device
-        _decision_kernel[(programs,)](
+        _decision_kernel[(1,)](
             gramian.contiguous(), cosine, weights, kept, agreed, voters, nonfinite, overlong,
-            weighting.tau, float("inf") if max_norm_ratio is None else max_norm_ratio, rows, out, columns,
+            # At a distance of 2 every voter is near: a mean.
+            tau=getattr(weighting, "tau", 2.0), ratio=float("inf") if max_norm_ratio is None else max_norm_ratio,
             COUNT=count, PADDED=padded, TILE=min(padded, max(1, 8192 // padded)),
-            SEQUENTIAL=isinstance(weighting, SequentialAgreement),
-            FACTOR=getattr(weighting, "factor", 1.0),
-            COMBINES=rows is not None, BLOCK=block, num_warps=4 if padded <= 64 else 8, **OPTIONS,
+            SEQUENTIAL=isinstance(weighting, SequentialAgreement), FACTOR=getattr(weighting, "factor", 1.0),
+            num_warps=4 if padded <= 64 else 8, **OPTIONS,
         )  # fmt: skip
-    return cosine, weights, kept, agreed, voters, nonfinite, overlong
+    return Agreement(gramian, cosine, weights, kept, agreed, voters, nonfinite, overlong)
 
 
 @triton.jit
 def _decision_kernel(
-    gramian, cosine, weights, keeps, agreed, votes, nonfinites, overlongs, tau, ratio, rows, out, columns,
-    COUNT: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, SEQUENTIAL: tl.constexpr,
-    FACTOR: tl.constexpr, COMBINES: tl.constexpr, BLOCK: tl.constexpr,
+    gramian, cosine, weights, keeps, agreed, votes, nonfinites, overlongs,
+    tau: tl.float64, ratio: tl.float64,  # without a type they would be rounded to float32
+    COUNT: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, SEQUENTIAL: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
-    """Find the voters and what each counts, in every program; write the record in the first; average blocks."""
+    """Find the voters and what each counts; write the record."""
     j = tl.arange(0, PADDED)
     exists = j < COUNT
-    square = tl.load(gramian + j * COUNT + j, mask=exists, other=0.0).to(tl.float64)
+    square = tl.load(gramian + j * COUNT + j, mask=exists, other=0.0)
     finite = (square - square) == 0.0  # NaN and inf are not
     candidate = exists & finite & (square > 0.0)
     norm = tl.sqrt(tl.where(candidate, square, 0.0))
-    overlong = candidate & (norm > ratio * _lower_median(norm, candidate, PADDED))
+    ordered = tl.sort(tl.where(candidate, norm, float("inf")))
+    middle = tl.maximum(tl.sum(candidate.to(tl.int32), axis=0) - 1, 0) // 2
+    median = tl.sum(tl.where(j == middle, ordered, 0.0), axis=0)  # the lower one
+    overlong = candidate & (norm > ratio * median)
     voter = candidate & ~overlong
     voters = tl.sum(voter.to(tl.int32), axis=0)
 
@@ -102,30 +74,18 @@ def _decision_kernel(
     number = tl.sum((counts > 0.0).to(tl.int32), axis=0)
     agreeing = (number >= 2) | (voters < 2)
     total = tl.sum(counts, axis=0)
-    share = tl.where(agreeing, counts / tl.where(total > 0.0, total, 1.0), 0.0).to(tl.float32)
+    share = tl.where(agreeing, counts / tl.where(total > 0.0, total, 1.0), 0.0)
     kept = share != 0.0
     nonfinite = exists & ~finite
     poisoned = (tl.sum(nonfinite.to(tl.int32), axis=0) > 0) & (voters == 0)
-    share = tl.where(poisoned, float("nan"), share)
+    something = tl.sum(kept.to(tl.int32), axis=0) > 0
 
-    if tl.program_id(0) == 0:
-        tl.store(weights + j, share, mask=exists)
-        tl.store(keeps + j, kept, mask=exists)
-        tl.store(votes + j, voter, mask=exists)
-        tl.store(nonfinites + j, nonfinite, mask=exists)
-        tl.store(overlongs + j, overlong, mask=exists)
-        something = tl.sum(kept.to(tl.int32), axis=0) > 0
-        tl.store(agreed, something | ((voters == 0) & ~poisoned))
-
-    if COMBINES:
-        for first in range(tl.program_id(0) * BLOCK, columns, tl.num_programs(0) * BLOCK):
-            column = first + tl.arange(0, BLOCK)
-            inside = column < columns
-            read = (exists & (share != 0.0))[:, None] & inside[None, :]
-            at = rows + j.to(tl.int64)[:, None] * columns + column[None, :]
-            x = tl.load(at, mask=read, other=0.0).to(tl.float32)
-            average = tl.sum(share[:, None] * x, axis=0)
-            tl.store(out + column, average.to(out.dtype.element_ty), mask=inside)
+    tl.store(weights + j, tl.where(poisoned, float("nan"), share), mask=exists)
+    tl.store(keeps + j, kept, mask=exists)
+    tl.store(votes + j, voter, mask=exists)
+    tl.store(nonfinites + j, nonfinite, mask=exists)
+    tl.store(overlongs + j, overlong, mask=exists)
+    tl.store(agreed, something | ((voters == 0) & ~poisoned))
 
 
 @triton.jit
@@ -138,7 +98,16 @@ def _centre(
     centre = 0
     for first in range(0, COUNT, TILE):
         i = first + tl.arange(0, TILE)
-        distance, near = _near_rows(gramian, cosine, i, j, square, voter, tau, COUNT)
+        inside = (i < COUNT)[:, None] & (j < COUNT)[None, :]
+        product = tl.load(gramian + i[:, None] * COUNT + j[None, :], mask=inside, other=0.0)
+        mine = i[:, None] == j[None, :]
+        square_i = tl.sum(tl.where(mine, square[None, :], 0.0), axis=1)
+        voter_i = tl.sum((mine & voter[None, :]).to(tl.int32), axis=1) > 0
+        both = voter_i[:, None] & voter[None, :]
+        similar = _cosine(product, tl.where(both, square_i[:, None] * square[None, :], 0.0))
+        tl.store(cosine + i[:, None] * COUNT + j[None, :], similar, mask=inside)
+        distance = 1.0 - similar
+        near = both & ((distance <= tau) | mine)
         count = tl.sum(near.to(tl.int32), axis=1)
         spread = tl.sum(tl.where(near, distance, 0.0), axis=1)
         most = tl.max(count, axis=0)
@@ -154,7 +123,7 @@ def _centre(
 @triton.jit
 def _around(gramian, centre, j, square, voter, tau, COUNT: tl.constexpr):
     """Return what each rank counts, float64: the centre and its neighbours 1."""
-    product = tl.load(gramian + centre * COUNT + j, mask=voter, other=0.0).to(tl.float64)
+    product = tl.load(gramian + centre * COUNT + j, mask=voter, other=0.0)
     squares = square * tl.sum(tl.where(j == centre, square, 0.0), axis=0)
     near = (1.0 - _cosine(product, tl.where(voter, squares, 0.0)) <= tau) | (j == centre)
     return (voter & near).to(tl.float64)
@@ -171,7 +140,7 @@ def _sequence(
     number = 0
     for i in range(COUNT):
         mine = voter & (j == i)
-        row = tl.load(gramian + i * COUNT + j, mask=voter, other=0.0).to(tl.float64)
+        row = tl.load(gramian + i * COUNT + j, mask=voter, other=0.0)
         own = tl.sum(tl.where(mine, square, 0.0), axis=0)
         product = tl.sum(tl.where(mine, against, 0.0), axis=0)
         near = (1.0 - _cosine(product, own * total)) <= tau
@@ -185,31 +154,7 @@ def _sequence(
 
 
 @triton.jit
-def _near_rows(gramian, cosine, i, j, square, voter, tau, COUNT: tl.constexpr):
-    """Return distances of ranks i to ranks j and which pairs of voters are near; write the cosines."""
-    inside = (i < COUNT)[:, None] & (j < COUNT)[None, :]
-    product = tl.load(gramian + i[:, None] * COUNT + j[None, :], mask=inside, other=0.0).to(tl.float64)
-    mine = i[:, None] == j[None, :]
-    square_i = tl.sum(tl.where(mine, square[None, :], 0.0), axis=1)
-    voter_i = tl.sum((mine & voter[None, :]).to(tl.int32), axis=1) > 0
-    both = voter_i[:, None] & voter[None, :]
-    similar = _cosine(product, tl.where(both, square_i[:, None] * square[None, :], 0.0))
-    if tl.program_id(0) == 0:
-        tl.store(cosine + i[:, None] * COUNT + j[None, :], similar, mask=inside)
-    distance = 1.0 - similar
-    return distance, both & ((distance <= tau) | mine)
-
-
-@triton.jit
 def _cosine(product, squares):
     """Return product / sqrt(squares) within [-1, 1]; 0 where there is no length."""
     length = tl.sqrt(tl.where(squares > 0.0, squares, 1.0))
     return tl.minimum(tl.maximum(tl.where(squares > 0.0, product / length, 0.0), -1.0), 1.0)
-
-
-@triton.jit
-def _lower_median(norm, candidate, PADDED: tl.constexpr):
-    """Return the lower median of the candidates' norms; 0 without candidates."""
-    ordered = tl.sort(tl.where(candidate, norm, float("inf")))
-    middle = tl.maximum(tl.sum(candidate.to(tl.int32), axis=0) - 1, 0) // 2
-    return tl.sum(tl.where(tl.arange(0, PADDED) == middle, ordered, 0.0), axis=0)

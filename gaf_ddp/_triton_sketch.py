@@ -12,7 +12,7 @@ from torch import Tensor
 from gaf_ddp._triton import OPTIONS, programs_on
 from gaf_ddp.sketch import block_length, key_of, period_of, sign_table
 
-_TILE = 2048  # elements of x that a program has in registers
+WARPS, _TILE = 8, 2048  # of a program, and elements of x that it has in registers
 
 
 def can_fold(x: Tensor) -> bool:
@@ -22,30 +22,32 @@ def can_fold(x: Tensor) -> bool:
 
 def fold(x: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return the sketch `(k,)` float32 and the squared norm `()` float64; reads N elements, writes k a program."""
-    period, length = period_of(size), block_length(size)
-    columns = min(triton.next_power_of_2(size), _TILE // 2)
-    rows = _TILE // columns
-    tiles = triton.cdiv(size, columns)
-    programs = max(1, min(programs_on(x.device) // tiles, triton.cdiv(len(x), period * rows)))
+    fixed = constants(size)
+    tiles = triton.cdiv(size, fixed["COLUMNS"])
+    groups = triton.cdiv(len(x), fixed["PERIOD"] * fixed["ROWS"])
+    programs = max(1, min(programs_on(x.device) // tiles, groups))
     partial = torch.empty(programs, size, dtype=torch.float32, device=x.device)
     squares = torch.empty(programs, tiles, dtype=torch.float64, device=x.device)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _fold_kernel[(programs, tiles)](
             x,
-            sign_table(length, torch.int8, x.device),
+            sign_table(fixed["LENGTH"], torch.int8, x.device),
             partial,
             squares,
             len(x),
             key_of(seed),
-            SIZE=size,
-            PERIOD=period,
-            LENGTH=length,
-            ROWS=rows,
-            COLUMNS=columns,
-            num_warps=8,
+            **fixed,
+            num_warps=WARPS,
             **OPTIONS,
         )
     return partial.sum(0), squares.sum()
+
+
+def constants(size: int) -> dict[str, int]:
+    """Return what the kernel is compiled for."""
+    columns = min(triton.next_power_of_2(size), _TILE // 2)
+    shape = {"ROWS": _TILE // columns, "COLUMNS": columns}
+    return {"SIZE": size, "PERIOD": period_of(size), "LENGTH": block_length(size), **shape}
 
 
 @triton.jit(do_not_specialize=["key"])

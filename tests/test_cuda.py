@@ -68,7 +68,10 @@ def _device_to_host_copies(device: torch.device, settings: dict[str, Any]) -> li
         _step(model, optimizer, inputs)
         torch.cuda.synchronize()
     events = profile.events()
-    if not any(event.device_type == torch.autograd.DeviceType.CUDA for event in events):
+    if not any(
+        event.device_type == torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
+        for event in events
+    ):
         return None
     return [event.name for event in events if "Memcpy DtoH" in event.name]
 

@@ -26,7 +26,17 @@ SEVERAL_BUCKETS = ["--data", "fake", "--image-size", 32, "--model", "mlp", "--co
 SEVERAL_BUCKETS += ["--steps", 12, "--eval-every", 2, "--checkpoint-every", 4, "--batch-size", 4, "--augment"]
 SEVERAL_BUCKETS += ["--tau", 1]  # keeps some, and not all
 # What a test under torchrun or Slurm would hand on by mistake.
-NOT_INHERITED = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "TORCH", "SLURM_", "SKYPILOT_", "PET_", "GLOO_")
+NOT_INHERITED: tuple[str, ...] = (
+    "RANK",
+    "LOCAL_",
+    "WORLD_SIZE",
+    "MASTER_",
+    "TORCH",
+    "SLURM_",
+    "SKYPILOT_",
+    "PET_",
+    "GLOO_",
+)
 NOT_INHERITED += ("GPUS", "NODES", "RDZV_", "RESTARTS")
 
 RunRanks = Callable[..., list[Any]]
@@ -76,7 +86,7 @@ def run_job(
 
     A free port for rank 0 to listen on might be another connection's by the time it does.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     return ranks(world, body, store.port, [str(a) for a in arguments], **options)
 
 

@@ -45,7 +45,7 @@ def test_a_flag_that_differs_is_named_and_ends_every_rank(
 
 def _rank_with_an_old_torch(device: torch.device, port: int, arguments: list[str]) -> Outcome:
     if dist.get_rank() == 1:
-        torch.__version__ = "2.0"
+        torch.__version__ = "2.0"  # type: ignore[assignment]
     return rank_of_job(device, port, arguments)
 
 
