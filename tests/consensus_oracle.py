@@ -112,7 +112,7 @@ def judge(vectors: list[Tensor], voters: list[int]) -> Judgement:
         if not others:
             return 0.0
         mean = torch.stack(others).mean(0)
-        return (vectors[j] - mean).norm().item() / math.sqrt(1 + 1 / len(others))
+        return float((vectors[j] - mean).norm()) / math.sqrt(1 + 1 / len(others))
 
     length = math.sqrt(sum(vectors[a].norm().item() ** 2 for a in members[0]) / len(members[0]))
     unit = max(median_low([far(a) for a in members[0]]), _LEAST * length)

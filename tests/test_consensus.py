@@ -210,7 +210,8 @@ def training(world_size: int, steps: int, common: float = 0.5, size: int = 40, s
     plane = torch.nn.functional.normalize(torch.randn(2, size, generator=generator))
     direction = angle.cos() * plane[0] + angle.sin() * plane[1]
     noise = torch.randn(steps, world_size, size, generator=generator) / size**0.5
-    return common * direction[:, None] + noise
+    gradients: Tensor = common * direction[:, None] + noise
+    return gradients
 
 
 def burst(gradients: Tensor, rank: int, factor: float) -> Tensor:
@@ -340,9 +341,12 @@ def test_flipped_ranks_both_ways(world_size: int) -> None:
 
 def test_a_pair_counts_from_its_own_50th_step_on(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[list[float]]] = []
-    monkeypatch.setattr(
-        consensus_memory, "find_flipped_few", lambda similarity, voters: asked.append(similarity) or []
-    )
+
+    def find_nobody(similarity: list[list[float]], voters: list[int]) -> list[int]:
+        asked.append(similarity)
+        return []
+
+    monkeypatch.setattr(consensus_memory, "find_flipped_few", find_nobody)
     gradients = training(3, 70)
     gradients[10:20, 2] = 0
     ranks = Ranks(3, 40)

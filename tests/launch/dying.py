@@ -25,5 +25,5 @@ class _Dying(Trainer):
 
 
 if __name__ == "__main__":
-    launch.train.Trainer = _Dying  # type: ignore[attr-defined,misc]
+    launch.train.Trainer = _Dying  # type: ignore[attr-defined]
     sys.exit(launch.train.main())
