@@ -33,10 +33,12 @@ def gram(rows: Tensor) -> Tensor:
     """
     count, columns = rows.shape
     single = rows.dtype == torch.float32
+    # Few ranks: a warp is a program and holds rows and sums in its registers. More: tensor cores, in small blocks,
+    # as larger ones spill.
     in_registers = count <= (8 if single else 4)
     padded = max(triton.next_power_of_2(count), 2 if in_registers else 16)
     warps = 1 if in_registers else 4
-    block = (1024 if in_registers or single else 4096) // padded  # larger ones spill, or idle where n is small
+    block = (1024 if in_registers or single else 4096) // padded
     most = programs_on(rows.device) * 32 // (2 * padded if in_registers else max(padded, 32))
     programs = max(1, min(triton.cdiv(columns, block), most))
     partial = torch.empty(programs, count, count, dtype=torch.float64, device=rows.device)

@@ -85,8 +85,8 @@ class ShardedExchange:
     """All-to-all of 1/W slices, a Gramian all-reduce, all-gather of the result: a ring's bytes per rank.
 
     Rank r judges elements `[r n, (r + 1) n)` of every bucket, `n = ceil(N / W)`, computes their final bits and
-    everyone copies them. Sends `2 (W − 1)/W N` elements per rank; of these `(G + 1)/2` times as many as a ring's
-    leave a host of G ranks, about. All-reduces at most `W (W + 1)` float64 numbers, holds about N. A bucket that W
+    everyone copies them. Sends `2 (W − 1)/W N` elements per rank; of these `G (W − G)/(W − 1)` times as many as a
+    ring's leave a host of G ranks. All-reduces at most `W (W + 1)` float64 numbers, holds about N. A bucket that W
     does not divide travels in a padded copy.
     """
 
