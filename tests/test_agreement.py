@@ -268,15 +268,22 @@ def test_the_record_is_complete() -> None:
     found = decide(gramian, NeighborhoodAgreement(0.9), 10.0)
     assert found.gramian is gramian  # as measured
     torch.testing.assert_close(found.cosine, cosine(gramian))
-    assert [(f.name, getattr(found, f.name).dtype, getattr(found, f.name).shape) for f in fields(Agreement)] == [
-        ("gramian", torch.float64, (4, 4)),
-        ("cosine", torch.float64, (4, 4)),
-        ("weights", torch.float64, (4,)),
-        ("kept", torch.bool, (4,)),
-        ("agreed", torch.bool, ()),
-        ("voters", torch.bool, (4,)),
-        ("nonfinite", torch.bool, (4,)),
-        ("overlong", torch.bool, (4,)),
-    ]
+    values = {field.name: getattr(found, field.name) for field in fields(Agreement)}
+    assert {name: None if value is None else (value.dtype, value.shape) for name, value in values.items()} == {
+        "gramian": (torch.float64, (4, 4)),
+        "cosine": (torch.float64, (4, 4)),
+        "weights": (torch.float64, (4,)),
+        "kept": (torch.bool, (4,)),
+        "agreed": (torch.bool, ()),
+        "voters": (torch.bool, (4,)),
+        "nonfinite": (torch.bool, (4,)),
+        "overlong": (torch.bool, (4,)),
+        "distance": None,  # the consensus rule's
+        "flipped": None,
+    }
     stacked = Agreement.stack([found, found])
-    assert all(torch.equal(getattr(stacked, f.name)[1], getattr(found, f.name)) for f in fields(Agreement)[1:])
+    for name, value in values.items():
+        if value is None:
+            assert getattr(stacked, name) is None
+        else:
+            torch.testing.assert_close(getattr(stacked, name)[1], value, rtol=0, atol=0, equal_nan=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gaf_ddp import Mean, NeighborhoodAgreement, SequentialAgreement, Weighting
+from gaf_ddp import ConsensusAgreement, Mean, NeighborhoodAgreement, SequentialAgreement, Weighting
 from gaf_ddp.weighting import cosine, require_tau
 from tests import oracle
 from tests.gradients import agreeing_gradients, random_gradients
@@ -32,7 +32,9 @@ RULES: list[tuple[Weighting, oracle.Rule]] = [
 ]
 FILTERS = [NeighborhoodAgreement, SequentialAgreement, lambda tau: SequentialAgreement(tau, running="half")]
 
-every_rule = pytest.mark.parametrize("weighting", [w for w, _ in RULES], ids=repr)
+WITHOUT_THRESHOLD = [ConsensusAgreement(), ConsensusAgreement(1.5)]
+
+every_rule = pytest.mark.parametrize("weighting", [*(w for w, _ in RULES), *WITHOUT_THRESHOLD], ids=repr)
 every_filter = pytest.mark.parametrize("make", FILTERS, ids=["neighborhood", "sequential", "half"])
 
 
@@ -88,18 +90,19 @@ class TestEveryRule:
             assert torch.equal(weighting(gramian), weighting(absent))
 
 
-@pytest.mark.parametrize("weighting", [Mean(), *map(NeighborhoodAgreement, TAUS)], ids=repr)
-class TestRulesWithoutOrder:
-    def test_follow_a_permutation(self, weighting: Weighting) -> None:
-        for gramian in some_gramians(3, 7, 16):
-            for seed in range(5):
-                order = torch.randperm(len(gramian), generator=torch.Generator().manual_seed(seed))
-                assert_permutation_equivariant(weighting, gramian, order)
+@pytest.mark.parametrize("weighting", [Mean(), *map(NeighborhoodAgreement, TAUS), *WITHOUT_THRESHOLD], ids=repr)
+def test_rules_without_order_follow_a_permutation(weighting: Weighting) -> None:
+    for gramian in some_gramians(3, 7, 16):
+        for seed in range(5):
+            order = torch.randperm(len(gramian), generator=torch.Generator().manual_seed(seed))
+            assert_permutation_equivariant(weighting, gramian, order)
 
-    def test_ignore_the_scale_of_each_rank(self, weighting: Weighting) -> None:
-        for gramian in some_gramians():
-            factors = torch.logspace(-2, 2, len(gramian), dtype=gramian.dtype)
-            assert_row_scale_invariant(weighting, gramian, factors)
+
+@pytest.mark.parametrize("weighting", [Mean(), *map(NeighborhoodAgreement, TAUS)], ids=repr)
+def test_rules_by_cosines_ignore_the_scale_of_each_rank(weighting: Weighting) -> None:
+    for gramian in some_gramians():
+        factors = torch.logspace(-2, 2, len(gramian), dtype=gramian.dtype)
+        assert_row_scale_invariant(weighting, gramian, factors)
 
 
 @every_filter

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gaf_ddp import Agreement, Mean, NeighborhoodAgreement, SequentialAgreement, Weighting
+from gaf_ddp import Agreement, ConsensusAgreement, Mean, NeighborhoodAgreement, SequentialAgreement, Weighting
 from gaf_ddp.agreement import decide
 from tests.gradients import agreeing_gradients, random_gradients
 from tests.properties import gramian_of
@@ -28,10 +28,15 @@ class SequentialInTensors(SequentialAgreement):
     """As above."""
 
 
+class ConsensusInTensors(ConsensusAgreement):
+    """As above."""
+
+
 def rules(tau: float) -> list[tuple[Weighting, Weighting]]:
     """Return each rule with the same in tensors."""
     return [
         (Mean(), InTensors()),
+        *((ConsensusAgreement(ratio), ConsensusInTensors(ratio)) for ratio in (1.5, 3.0)),
         (NeighborhoodAgreement(tau), NeighborhoodInTensors(tau)),
         (SequentialAgreement(tau), SequentialInTensors(tau)),
         (SequentialAgreement(tau, running="half"), SequentialInTensors(tau, running="half")),
@@ -51,8 +56,6 @@ def assert_same(gramian: Tensor, tau: float, ratio: float | None) -> None:
         found, expected = decide(gramian, fast, ratio), decide(gramian, in_tensors, ratio)
         for field in fields(Agreement):
             left, right = getattr(found, field.name), getattr(expected, field.name)
-            assert left.dtype == right.dtype
-            assert left.shape == right.shape
             tolerance = 1e-15 * (field.name == "cosine")
             torch.testing.assert_close(left, right, rtol=0, atol=tolerance, equal_nan=True, msg=repr(fast))
 
