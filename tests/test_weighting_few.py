@@ -63,7 +63,7 @@ def assert_same(gramian: Tensor, tau: float, ratio: float | None) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, FEW])
 def test_every_field_is_the_same(world_size: int, dtype: torch.dtype) -> None:
-    for seed in range(20):
+    for seed in range(6):
         gramian = gramian_of(random_gradients(world_size, 50, seed=seed)).to(dtype)
         for tau in (0.0, 0.7, 1.0, 2.0):
             for ratio in (None, 1.0, 10.0):
