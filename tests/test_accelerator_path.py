@@ -100,11 +100,11 @@ def error_of(call: Callable[[], object]) -> str:
 
 
 def ask_summaries(device: torch.device, scope: str, how: str) -> list[str]:
-    """Return what summaries say: after good steps, after one more that went wrong, and after 70 more good ones."""
+    """Return what summaries say: after good steps, after one more that went wrong, and after more good ones."""
     model, state = ddp(Probe(SIZES), device, **TINY), GAFState(tau=1.0, scope=scope)  # type: ignore[arg-type]
     model.register_comm_hook(state, gaf_hook)
     said = []
-    for steps, change in ((2, go_right), (1, lambda state: go_wrong(state, how)), (70, go_right)):
+    for steps, change in ((2, go_right), (1, lambda state: go_wrong(state, how)), (5, go_right)):
         change(state)
         for _ in range(steps):
             model(torch.ones(sum(SIZES), device=device)).backward()
