@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-OPTIONS = {"enable_fp_fusion": True}  # Triton warns where it is left to a default that will change
+OPTIONS = {"enable_fp_fusion": True, "num_stages": 5}  # Triton warns where fusion is left to its default
 _LARGEST_GRAM = 64  # ranks; above, a slice is so short that torch's own product is no bottleneck
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,28 +32,33 @@ def gram(rows: Tensor) -> Tensor:
     Where float32 cannot hold the square of a row, a program reads all rows once more for it.
     """
     count, columns = rows.shape
-    single = rows.dtype == torch.float32
-    # Few ranks: a warp is a program and holds rows and sums in its registers. More: tensor cores, in small blocks,
-    # as larger ones spill.
-    in_registers = count <= (8 if single else 4)
-    padded = max(triton.next_power_of_2(count), 2 if in_registers else 16)
-    warps = 1 if in_registers else 4
-    block = (1024 if in_registers or single else 4096) // padded
-    most = programs_on(rows.device) * 32 // (2 * padded if in_registers else max(padded, 32))
-    programs = max(1, min(triton.cdiv(columns, block), most))
+    fixed, warps = constants(count, rows.dtype)
+    # A warp alone is little work, and W² numbers for each program are much.
+    most = programs_on(rows.device) * 32 // (fixed["PADDED"] * 2 if warps == 1 else max(fixed["PADDED"], 32))
+    programs = max(1, min(triton.cdiv(columns, fixed["BLOCK"]), most))
     partial = torch.empty(programs, count, count, dtype=torch.float64, device=rows.device)
     with torch.cuda.device_of(rows):  # Triton launches on the current device
         _gram_kernel[(programs,)](
-            rows.contiguous(), partial, *_units(columns), COUNT=count, PADDED=padded, BLOCK=block,
-            TILE=256 * warps // padded, IN_REGISTERS=in_registers, num_warps=warps, num_stages=5, **OPTIONS,
-        )  # fmt: skip
+            rows.contiguous(), partial, *_units(columns), **fixed, num_warps=warps, **OPTIONS
+        )
     return partial.sum(0)
+
+
+def constants(count: int, dtype: torch.dtype) -> tuple[dict[str, int], int]:
+    """Return what the kernel of `gram` is compiled for, and its warps: with larger blocks it spills."""
+    single = dtype == torch.float32
+    # Few ranks: a warp is a program and holds rows and sums in its registers. More: tensor cores.
+    in_registers = count <= (8 if single else 4)
+    padded, warps = triton.next_power_of_2(count if in_registers else max(count, 16)), 1 if in_registers else 4
+    block = (1024 if in_registers or single else 4096) // padded
+    shape = {"COUNT": count, "PADDED": padded, "BLOCK": block, "TILE": 128 * warps // padded}
+    return {**shape, "IN_REGISTERS": in_registers}, warps
 
 
 def combine(rows: Tensor, weights: Tensor, out: Tensor) -> Tensor:
     """Write `weights @ rows` into out `(n,)`; rows of weight 0 are neither read nor multiplied."""
     count, columns = rows.shape
-    block = 1024  # with more, sm_80 spills
+    block = 4096 // rows.element_size()  # with more, sm_80 spills
     if columns:
         with torch.cuda.device_of(rows):
             _combine_kernel[(triton.cdiv(columns, block),)](
@@ -99,9 +104,13 @@ def _gram_kernel(
         total = tl.zeros((PADDED, PADDED), dtype=tl.float64)
         for first in range(begin, columns, step):
             x = _load(rows, i, first + tl.arange(0, BLOCK), columns, COUNT)
-            # Exact in half precision; three TF32 products make a float32 one. Tensor cores cut sums off instead
-            # of rounding them, so they add up one block only.
-            total += tl.dot(x, tl.trans(x), input_precision="tf32x3").to(tl.float64)
+            # TF32 holds half precision exactly (Triton 3.6's interpreter takes bfloat16 for integers), three TF32
+            # products make a float32 one. Tensor cores cut sums off, not round them: they add up one block only.
+            if rows.dtype.element_ty == tl.float32:
+                total += tl.dot(x, tl.trans(x), input_precision="tf32x3").to(tl.float64)
+            else:
+                wide = x.to(tl.float32)
+                total += tl.dot(wide, tl.trans(wide), input_precision="tf32").to(tl.float64)
     square = tl.sum(tl.where(i[:, None] == i[None, :], total, 0.0), axis=1)
     least = tl.cdiv(columns - begin, step) * (BLOCK * 1e-32)  # below it terms may have lost digits
     lost = exists & ~((square >= least) & (square < float("inf")))

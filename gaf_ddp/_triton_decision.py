@@ -38,7 +38,7 @@ def decide(
             gramian.contiguous(), cosine, weights, kept, agreed, voters, nonfinite, overlong,
             # At a distance of 2 every voter is near: a mean.
             tau=getattr(weighting, "tau", 2.0), ratio=float("inf") if max_norm_ratio is None else max_norm_ratio,
-            COUNT=count, PADDED=padded, TILE=min(padded, max(1, 8192 // padded)),
+            COUNT=count, PADDED=padded, TILE=min(padded, max(1, 4096 // padded)),
             SEQUENTIAL=isinstance(weighting, SequentialAgreement), FACTOR=getattr(weighting, "factor", 1.0),
             num_warps=4 if padded <= 64 else 8, **OPTIONS,
         )  # fmt: skip
@@ -48,10 +48,11 @@ def decide(
 @triton.jit
 def _decision_kernel(
     gramian, cosine, weights, keeps, agreed, votes, nonfinites, overlongs,
-    tau: tl.float64, ratio: tl.float64,  # without a type they would be rounded to float32
+    tau: tl.float64, ratio: tl.float64,  # else rounded to float32, as the interpreter does
     COUNT: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, SEQUENTIAL: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
     """Find the voters and what each counts; write the record."""
+    tau, ratio = tl.full((), tau, tl.float64), tl.full((), ratio, tl.float64)
     j = tl.arange(0, PADDED)
     exists = j < COUNT
     square = tl.load(gramian + j * COUNT + j, mask=exists, other=0.0)
@@ -65,12 +66,9 @@ def _decision_kernel(
     voter = candidate & ~overlong
     voters = tl.sum(voter.to(tl.int32), axis=0)
 
-    # The cosines are recorded by the way: they are what the neighbourhoods are found by.
-    centre = _centre(gramian, cosine, j, square, voter, tau, COUNT, TILE, PADDED)
+    counts = _neighbours(gramian, cosine, j, square, voter, tau, COUNT, TILE, PADDED)  # writes the cosines too
     if SEQUENTIAL:
         counts = _sequence(gramian, j, square, voter, tau, FACTOR, COUNT, PADDED)
-    else:
-        counts = _around(gramian, centre, j, square, voter, tau, COUNT)
     number = tl.sum((counts > 0.0).to(tl.int32), axis=0)
     agreeing = (number >= 2) | (voters < 2)
     total = tl.sum(counts, axis=0)
@@ -89,13 +87,16 @@ def _decision_kernel(
 
 
 @triton.jit
-def _centre(
+def _neighbours(
     gramian, cosine, j, square, voter, tau, COUNT: tl.constexpr, TILE: tl.constexpr, PADDED: tl.constexpr
 ):  # fmt: skip
-    """Return the rank with the most, then the closest, neighbours, tile of rows by tile; write the cosines."""
+    """Return what each rank counts, float64: 1 if near the rank with the most, then the closest, neighbours.
+
+    Go through the rows tile by tile, and write the cosines.
+    """
     best_count = -1
     best_spread = tl.sum(tl.zeros((PADDED,), dtype=tl.float64), axis=0)
-    centre = 0
+    counts = tl.zeros((PADDED,), dtype=tl.float64)
     for first in range(0, COUNT, TILE):
         i = first + tl.arange(0, TILE)
         inside = (i < COUNT)[:, None] & (j < COUNT)[None, :]
@@ -116,17 +117,8 @@ def _centre(
         better = (most > best_count) | ((most == best_count) & (least < best_spread))
         best_count = tl.where(better, most, best_count)
         best_spread = tl.where(better, least, best_spread)
-        centre = tl.where(better, lowest, centre)
-    return centre
-
-
-@triton.jit
-def _around(gramian, centre, j, square, voter, tau, COUNT: tl.constexpr):
-    """Return what each rank counts, float64: the centre and its neighbours 1."""
-    product = tl.load(gramian + centre * COUNT + j, mask=voter, other=0.0)
-    squares = square * tl.sum(tl.where(j == centre, square, 0.0), axis=0)
-    near = (1.0 - _cosine(product, tl.where(voter, squares, 0.0)) <= tau) | (j == centre)
-    return (voter & near).to(tl.float64)
+        counts = tl.where(better, tl.sum((near & (i == lowest)[:, None]).to(tl.float64), axis=0), counts)
+    return counts
 
 
 @triton.jit

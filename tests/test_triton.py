@@ -176,25 +176,17 @@ def test_kernels_compile_without_spilling(capability: int, tmp_path: Path) -> No
     from gaf_ddp import _triton, _triton_decision
 
     gram = {"partial": "*fp64", "units": "i32"}
-    for count, dtype in product((2, 4, 8, 16, 64), ("fp32", "bf16")):
-        registers = count <= (8 if dtype == "fp32" else 4)
-        padded = max(count, 2 if registers else 16)
-        constants = {
-            "ALIGN": 16, "COUNT": count, "PADDED": padded, "IN_REGISTERS": registers,
-            "BLOCK": (1024 if registers or dtype == "fp32" else 4096) // padded,
-            "TILE": 256 * (1 if registers else 4) // padded,
-        }  # fmt: skip
-        types = gram | {"rows": f"*{dtype}"}
-        spilled = spilled_bytes(
-            _triton._gram_kernel, types, constants, 1 if registers else 4, capability, tmp_path
-        )
-        assert spilled <= (0 if count <= 16 else MOST_SPILLED), (count, dtype, spilled)
+    for count, (name, dtype) in product((2, 4, 8, 16, 64), (("fp32", torch.float32), ("bf16", torch.bfloat16))):
+        fixed, warps = _triton.constants(count, dtype)
+        types = gram | {"rows": f"*{name}"}
+        spilled = spilled_bytes(_triton._gram_kernel, types, {"ALIGN": 16, **fixed}, warps, capability, tmp_path)
+        assert spilled <= (0 if count <= 16 else MOST_SPILLED), (count, name, spilled)
     types = {"rows": "*fp32", "weights": "*fp64", "out": "*fp32", "units": "i32"}
     fixed = {"ALIGN": 16, "COUNT": 8, "BLOCK": 1024}
     assert spilled_bytes(_triton._combine_kernel, types, fixed, 8, capability, tmp_path) == 0
     flags = {name: "*i1" for name in ("keeps", "agreed", "votes", "nonfinites", "overlongs")}
     types = {"gramian": "*fp64", "cosine": "*fp64", "weights": "*fp64", **flags, "tau": "fp64", "ratio": "fp64"}
-    for sequential, (count, padded, tile, warps) in product((True, False), ((15, 16, 16, 4), (1000, 1024, 8, 8))):
+    for sequential, (count, padded, tile, warps) in product((True, False), ((15, 16, 16, 4), (1000, 1024, 4, 8))):
         fixed = {"COUNT": count, "PADDED": padded, "TILE": tile, "SEQUENTIAL": sequential}
         spilled = spilled_bytes(
             _triton_decision._decision_kernel, types, {**fixed, "FACTOR": 0.5}, warps, capability, tmp_path
