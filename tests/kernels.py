@@ -9,8 +9,8 @@ from typing import Any
 def spilled_bytes(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, capability: int,
                   folder: Path) -> int:  # fmt: skip
     """Return the bytes of registers that a kernel stores in memory; PTX never shows them, ptxas does."""
-    import triton
     from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource, compile
 
     from gaf_ddp._triton import OPTIONS
@@ -24,7 +24,7 @@ def spilled_bytes(kernel: Any, types: dict[str, str], constants: dict[str, Any],
     file.write_text(ptx)
     architecture = re.search(r"\.target (\w+)", ptx)
     assert architecture is not None
-    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    assembler = get_ptxas(capability).path  # by architecture another one
     command: list[str | Path] = [assembler, "-v", f"-arch={architecture[1]}", file, "-o", folder / "kernel.cubin"]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spills = re.findall(r"(\d+) bytes spill stores", report)
