@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gaf_ddp.gramian import kernels, on_host
+from gaf_ddp.device import kernels, on_host
 from gaf_ddp.weighting import Weighting, cosine, plain_cosine, present
 
 _FEW = 16  # ranks; the time in plain numbers grows with their square

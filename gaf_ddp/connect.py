@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from gaf_ddp.gramian import kernels
+from gaf_ddp.device import kernels
 from gaf_ddp.hosts import ByHosts, hosts_of
 from gaf_ddp.pipeline import Pipeline
 from gaf_ddp.settings import as_text, describe, require_same, versions
@@ -31,7 +31,7 @@ def connect(state: GAFState, bucket: Any) -> Pipeline:
     group = state.process_group or dist.group.WORLD
     if group is None:
         raise ValueError("process_group is None and there is no default group: call init_process_group first")
-    if state._pipeline is not None and state._pipeline.group is group:
+    if isinstance(state._pipeline, Pipeline) and state._pipeline.group is group:
         return state._pipeline
     _require_group(group, bucket.parameters())
     if group.size() == 1:

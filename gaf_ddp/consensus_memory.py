@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gaf_ddp.consensus import average, judge, judge_few, lower_median, require_ratio
-from gaf_ddp.gramian import on_host
+from gaf_ddp.device import on_host
 from gaf_ddp.weighting import cosine, present
 
 MOMENTUM = 0.99  # 0.97 to 0.995 do the same

@@ -6,15 +6,12 @@ lie: a rank's own gradient need not be copied beside the others' to be judged wi
 """
 
 import math
-import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
-from importlib import import_module
-from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from gaf_ddp.device import kernels, on_host
 
 Rows = Tensor | Sequence[Tensor]  # (W, n), or W vectors (n,) of one dtype and device
 
@@ -26,13 +23,6 @@ _DOT_ROWS = 8  # a CPU takes up to twice the time for matrix products so thin as
 _FLOOR = 1e-32
 # Elements worked on, and converted to float32 or float64, at a time: what a CPU's cache holds, or fills a GPU.
 _ON_CPU, _ON_ACCELERATOR = 2**19, 2**24
-
-_HOST = "cpu"  # what is no accelerator: the one place to change for tests of the accelerators' way without one
-
-
-def on_host(tensor: Tensor) -> bool:
-    """Return whether the host may read the tensor at once: on an accelerator it would wait for the device."""
-    return tensor.device.type == _HOST
 
 
 def gram(rows: Rows) -> Tensor:
@@ -171,32 +161,6 @@ def filter_gradients(rows: Tensor, weighting: Callable[[Tensor], Tensor]) -> Ten
         `(n,)` in the rows' dtype; zeros when nothing agrees.
     """
     return combine(rows, weighting(gram(rows)))
-
-
-@cache
-def kernels(device_type: str, name: str = "_triton") -> ModuleType | None:
-    """Return the module of fused kernels of that name for a device type, or None where plain torch does the work.
-
-    They run on NVIDIA GPUs where Triton is installed and can compile; the environment variable `GAF_DDP_TRITON=0`
-    turns them off. All ranks should have them, or none: Triton's tau is a float32.
-    """
-    return import_module(f"gaf_ddp.{name}") if _has_kernels(device_type) else None
-
-
-@cache
-def _has_kernels(device_type: str) -> bool:
-    if device_type != "cuda" or torch.version.hip is not None or os.environ.get("GAF_DDP_TRITON") == "0":
-        return False
-    try:
-        fused = import_module("gaf_ddp._triton")
-    except ImportError:
-        return False
-    try:
-        fused.probe(torch.device(device_type))
-    except Exception as error:  # whatever its compiler may raise: none of it need stop training
-        warnings.warn(f"gaf_ddp: Triton cannot compile here, plain torch does its work: {error}", stacklevel=2)
-        return False
-    return True
 
 
 def _pieces(rows: Rows, columns: int) -> Iterator[tuple[Tensor, ...]]:

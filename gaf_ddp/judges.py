@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gaf_ddp.agreement import Agreement, decide
 from gaf_ddp.consensus_memory import MOMENTUM, Consensus, ConsensusMemory, move
-from gaf_ddp.gramian import Rows, gram, on_host
+from gaf_ddp.device import on_host
+from gaf_ddp.gramian import Rows, gram
 from gaf_ddp.momenta import Momenta, judged
 from gaf_ddp.weighting import Weighting, present
 

@@ -11,7 +11,8 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
-from gaf_ddp.gramian import Rows, gram, on_host
+from gaf_ddp.device import on_host
+from gaf_ddp.gramian import Rows, gram
 
 
 class Momenta:

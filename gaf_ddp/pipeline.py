@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from gaf_ddp.agreement import Agreement
 from gaf_ddp.exchange import Exchange
-from gaf_ddp.gramian import Rows, on_host
+from gaf_ddp.gramian import Rows
 from gaf_ddp.judges import Judge
 from gaf_ddp.lanes import Promise, named, open_lane
-from gaf_ddp.settings import fingerprint, require_same
+from gaf_ddp.settings import Fingerprints
 
 
 @dataclass(eq=False)
@@ -50,6 +50,13 @@ class Decision(NamedTuple):
     parameters: list[Tensor]
 
 
+class Way(Protocol):
+    """What a state knows of the way its model's gradients take."""
+
+    group: dist.ProcessGroup
+    judge: Judge
+
+
 class Pipeline:
     """The way of one model's buckets, from the first one on; a bucket passes its methods in their order here."""
 
@@ -73,7 +80,7 @@ class Pipeline:
         self._waiting: list[Arrival] = []  # for a decision
         self._landing: list[tuple[Arrival, Callable[[], None]]] = []  # their averages are on their way
         self._decided: list[tuple[Decision, Tensor]] = []  # in this step, with the numbers of the ranks' settings
-        self._message: tuple[str, Tensor] | None = None
+        self._fingerprints = Fingerprints(self.lane.group, device)
 
     def close(self) -> bool:
         """Take no more buckets for this step; return whether its last one never came."""
@@ -134,19 +141,9 @@ class Pipeline:
         """
         measured = [arrival.measured for arrival in arrivals if arrival.measured is not None]
         total = measured[0] if len(measured) == 1 else torch.stack(measured).sum(0)
-        summed = arrivals[0].exchange.sum(torch.cat([total, self._own_message(settings)]))
-        numbers = summed[-1]
-        if on_host(numbers) and len(set(numbers.tolist())) > 1:
-            require_same(settings, self.lane.group, self.device)
-        return summed[:-1], numbers
-
-    def _own_message(self, settings: str) -> Tensor:
-        """Return `(1, W)`, this rank's number in its own column: the sum over the ranks holds everyone's."""
-        if self._message is None or self._message[0] != settings:
-            row = torch.zeros(1, self.group.size(), dtype=torch.float64, device=self.device)
-            row[:, self.group.rank()] = fingerprint(settings)
-            self._message = settings, row
-        return self._message[1]
+        summed = arrivals[0].exchange.sum(torch.cat([total, self._fingerprints.own(settings)]))
+        self._fingerprints.require_same(settings, summed[-1])
+        return summed[:-1], summed[-1]
 
     def send(self, arrivals: list[Arrival], agreement: Agreement, numbers: Tensor) -> None:
         """Average the rows by the weights and start the averages on their way back."""

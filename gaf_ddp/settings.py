@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gaf_ddp.collectives import all_gather_text
+from gaf_ddp.device import on_host
 from gaf_ddp.weighting import Weighting
 
 
@@ -119,3 +120,24 @@ def require_same(text: str, group: dist.ProcessGroup, device: torch.device) -> N
             if other.get(name) != first:
                 found = f"{first} on rank 0 and {other.get(name)} on rank {rank}"
                 raise ValueError(f"{name} must be the same on every rank, found {found}")
+
+
+class Fingerprints:
+    """Compare the ranks' settings with every decision: a number for each rank's, beside what the ranks add up."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self._group, self._device = group, device
+        self._own: tuple[str, Tensor] | None = None
+
+    def own(self, settings: str) -> Tensor:
+        """Return `(1, W)`, this rank's number in its own column: the sum over the ranks holds everyone's."""
+        if self._own is None or self._own[0] != settings:
+            row = torch.zeros(1, self._group.size(), dtype=torch.float64, device=self._device)
+            row[:, self._group.rank()] = fingerprint(settings)
+            self._own = settings, row
+        return self._own[1]
+
+    def require_same(self, settings: str, numbers: Tensor) -> None:
+        """Raise ValueError if everyone's numbers `(W,)` differ; on accelerators `AgreementMeter` tells later."""
+        if on_host(numbers) and len(set(numbers.tolist())) > 1:
+            require_same(settings, self._group, self._device)

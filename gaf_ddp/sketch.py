@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from gaf_ddp.gramian import kernels, on_host
+from gaf_ddp.device import kernels, on_host
 
 _BLOCK = 2**18  # elements of one multiply-add, for which a call costs a CPU little, and in its cache
 _ON_ACCELERATOR = 2**24  # elements whose signs are written out at a time

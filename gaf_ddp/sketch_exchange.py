@@ -8,8 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gaf_ddp.collectives import all_gather_single, all_reduce_gramian
+from gaf_ddp.device import on_host
 from gaf_ddp.exchange import ShardedExchange
-from gaf_ddp.gramian import Rows, combine, on_host
+from gaf_ddp.gramian import Rows, combine
 from gaf_ddp.peer import SKETCH, swap
 from gaf_ddp.sketch import fold
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from gaf_ddp.gramian import on_host
+from gaf_ddp.device import on_host
 from gaf_ddp.state import GAFState
 
 

@@ -14,7 +14,7 @@ from gaf_ddp.consensus import ConsensusAgreement
 from gaf_ddp.hosts import ByHosts
 from gaf_ddp.judges import ByConsensus, ByGradients, ByMomenta, Judge
 from gaf_ddp.meter import AgreementMeter
-from gaf_ddp.pipeline import Decision, Pipeline
+from gaf_ddp.pipeline import Decision, Way
 from gaf_ddp.settings import require
 from gaf_ddp.weighting import Mean, NeighborhoodAgreement, require_tau
 
@@ -121,7 +121,7 @@ class GAFState:
         self._meter = AgreementMeter()
         self._judge = self._new_judge()
         self._skips = 0  # optimizers whose steps are left out by what this state decides
-        self._pipeline: Pipeline | None = None
+        self._pipeline: Way | None = None
 
     @property
     def agreement(self) -> Agreement | None:

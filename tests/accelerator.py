@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from gaf_ddp import gramian, pipeline
+from gaf_ddp import device as devices
+from gaf_ddp import pipeline
 from gaf_ddp.exchange import GatherExchange, ShardedExchange
 from gaf_ddp.lanes import Promise, StreamLane
 from gaf_ddp.sketch_exchange import SketchExchange
@@ -33,4 +34,4 @@ class NoStream(StreamLane):
 def take_accelerators_way() -> None:
     """Let this process's CPU pass for an accelerator: a rank's, which ends with its test."""
     pipeline.open_lane = NoStream  # type: ignore[attr-defined]
-    gramian._HOST = "no device"
+    devices._HOST = "no device"

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gaf_ddp import Agreement, Mean, NeighborhoodAgreement, SequentialAgreement, Weighting, gramian
+from gaf_ddp import Agreement, Mean, NeighborhoodAgreement, SequentialAgreement, Weighting
+from gaf_ddp import device as devices
 from gaf_ddp.agreement import decide
 from gaf_ddp.weighting import cosine
 from tests import oracle
@@ -102,7 +103,7 @@ def test_decide_equals_the_oracle(
 def test_decide_never_waits(
     weighting: Weighting, spoil: Spoil, ratio: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gramian, "_HOST", "no device")  # on the CPU there is nothing to wait for
+    monkeypatch.setattr(devices, "_HOST", "no device")  # on the CPU there is nothing to wait for
     gradients = random_gradients(5, 100)
     spoil(gradients)
     inner = gramian_of(gradients)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gaf_ddp import NeighborhoodAgreement, SequentialAgreement, combine, filter_gradients, gram, gramian
+from gaf_ddp import NeighborhoodAgreement, SequentialAgreement, combine, filter_gradients, gram
+from gaf_ddp import device as devices
 from tests import oracle
 from tests.gradients import random_gradients
 
@@ -216,7 +217,7 @@ def test_refuses_weights_and_out_that_do_not_fit() -> None:
 @pytest.fixture
 def fresh_choice() -> Iterator[None]:
     """Let `kernels` choose anew, and forget afterwards what it chose."""
-    chosen = gramian.kernels, gramian._has_kernels
+    chosen = devices.kernels, devices._has_kernels
     for choice in chosen:
         choice.cache_clear()
     yield
@@ -230,10 +231,10 @@ class TestKernels:
         fused = pytest.importorskip("gaf_ddp._triton")
         tried: list[torch.device] = []
         monkeypatch.setattr(fused, "probe", tried.append)
-        assert gramian.kernels("cuda") is fused
-        assert gramian.kernels("cuda", "_triton_decision") is not None
+        assert devices.kernels("cuda") is fused
+        assert devices.kernels("cuda", "_triton_decision") is not None
         assert tried == [torch.device("cuda")]  # once, for all of them
-        assert gramian.kernels("cpu") is None
+        assert devices.kernels("cpu") is None
 
     def test_plain_torch_works_where_they_do_not(self, monkeypatch: pytest.MonkeyPatch) -> None:
         fused = pytest.importorskip("gaf_ddp._triton")
@@ -243,10 +244,10 @@ class TestKernels:
 
         monkeypatch.setattr(fused, "probe", probe)
         with pytest.warns(UserWarning, match=r"Triton cannot compile here, plain torch .*find C compiler") as said:
-            found = [gramian.kernels("cuda", name) for name in ("_triton", "_triton_decision")]
+            found = [devices.kernels("cuda", name) for name in ("_triton", "_triton_decision")]
         assert found == [None, None]
         assert len(said) == 1
 
     def test_can_be_switched_off(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("GAF_DDP_TRITON", "0")
-        assert gramian.kernels("cuda") is None
+        assert devices.kernels("cuda") is None

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gaf_ddp import Agreement, Mean, NeighborhoodAgreement, gramian
+from gaf_ddp import Agreement, Mean, NeighborhoodAgreement
+from gaf_ddp import device as devices
 from gaf_ddp.agreement import decide
 from gaf_ddp.meter import AgreementMeter
 from tests.syncs import HostSyncs
@@ -86,7 +87,7 @@ class TestSummary:
 
 @pytest.mark.parametrize("count", [1, 200])
 def test_waits_once_in_summary_and_never_in_record(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gramian, "_HOST", "no device")
+    monkeypatch.setattr(devices, "_HOST", "no device")
     meter, decisions = AgreementMeter(), some_decisions()
     with HostSyncs() as syncs:
         for i in range(count):
@@ -125,7 +126,7 @@ class TestRequireSound:
 
     @pytest.mark.parametrize("weight", [math.nan, math.inf, -0.5])
     def test_tells_of_weights_that_are_none(self, weight: float, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(gramian, "_HOST", "no device")
+        monkeypatch.setattr(devices, "_HOST", "no device")
         meter, numbers = AgreementMeter(), torch.zeros(4)
         bad = decide(torch.eye(4), lambda inner: torch.full_like(inner[0], weight), None)
         meter.record([(bad, numbers), (decide(torch.eye(4), Mean(), None), numbers)])
