@@ -7,6 +7,7 @@ model.register_comm_hook(GAFState(), gaf_hook)
 
 from gaf_ddp.agreement import Agreement
 from gaf_ddp.consensus import ConsensusAgreement
+from gaf_ddp.fsdp import filter_fsdp
 from gaf_ddp.gramian import combine, filter_gradients, gram
 from gaf_ddp.hook import gaf_hook
 from gaf_ddp.microbatch import MicrobatchFilter
@@ -26,6 +27,7 @@ __all__ = [
     "SequentialAgreement",
     "Weighting",
     "combine",
+    "filter_fsdp",
     "filter_gradients",
     "gaf_hook",
     "gram",

@@ -22,6 +22,7 @@ NAMES = {
     "SequentialAgreement": "(tau, running='mean')",
     "Weighting": "()",
     "combine": "(rows, weights, out=None)",
+    "filter_fsdp": "(model, state)",
     "filter_gradients": "(rows, weighting)",
     "gaf_hook": "(state, bucket)",
     "gram": "(rows)",

@@ -20,8 +20,9 @@ import torch.distributed as dist
 # A fork server starts a clean interpreter, imports once what all tests need, and forks the ranks from there: like
 # spawn, but without W imports of torch per test.
 _processes = multiprocessing.get_context("forkserver")
-_TORCH = ["torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "numpy", "pytest", "gaf_ddp"]
-_processes.set_forkserver_preload([*_TORCH, "launch.train", "sklearn.datasets", "matplotlib.figure"])
+_TORCH = ["torch", "torch.distributed", "torch.nn.parallel", "torch.distributed.fsdp", "torch._dynamo"]
+_OTHERS = ["numpy", "pytest", "gaf_ddp", "launch.train", "sklearn.datasets", "matplotlib.figure"]
+_processes.set_forkserver_preload([*_TORCH, *_OTHERS])
 
 # Starting a process also collects the exit codes of others that ended: a code that two threads read at once is 255
 # for the slower one (multiprocessing/popen_forkserver.py, `poll`).

@@ -1,0 +1,73 @@
+"""Models of fully_shard for tests of filter_fsdp."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from tests.nets import Probe, mlp
+
+SIZES = [[301, 70], [117], [53]]  # of the parameters of each unit, the last one is the root
+
+
+class Probes(nn.Module):
+    """Units that get the gradients a test wants: `model(g)` with g `(N,)`, to the bit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList(Probe(sizes) for sizes in SIZES[:-1])
+        self.outer = nn.Parameter(torch.arange(float(SIZES[-1][0])))
+
+    def forward(self, gradients: Tensor, but: int = -1) -> Tensor:
+        """Return a loss; the inner unit of number `but` is not used."""
+        *inner, outer = split(gradients)
+        losses = [unit(g) for i, (unit, g) in enumerate(zip(self.inner, inner, strict=True)) if i != but]
+        return torch.stack([*losses, (self.outer * outer).sum()]).sum()
+
+
+def count() -> int:
+    """Return N, the elements of all units."""
+    return sum(map(sum, SIZES))
+
+
+def split(gradients: Tensor) -> tuple[Tensor, ...]:
+    """Return the units' parts of a vector `(N,)`, in the model's order."""
+    return torch.split(gradients, list(map(sum, SIZES)))
+
+
+def probes(**options: Any) -> Any:
+    """Return the `Probes`, sharded: it is an FSDPModule too then."""
+    model = Probes()
+    for unit in model.inner:
+        fully_shard(unit, **options)
+    fully_shard(model, **options)
+    return model
+
+
+def network(**options: Any) -> Any:
+    """Return a network of four units, sharded, whose root has the last layer."""
+    model = mlp()
+    for layer in (model[0], model[2], model[4]):
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+    return model
+
+
+def whole(tensor: Tensor | None) -> Tensor:
+    """Return a sharded tensor as one vector, float64."""
+    assert isinstance(tensor, DTensor)
+    return tensor.full_tensor().detach().double().flatten()
+
+
+def gradients_of(model: nn.Module) -> Tensor:
+    """Return the gradients of a model's units in the model's order, `(N,)`; of the probes as given."""
+    if isinstance(model, Probes):
+        return torch.cat([whole(p.grad) for p in [*model.inner.parameters(), model.outer]])
+    return torch.cat([whole(p.grad) for p in model.parameters()])
+
+
+def parameters_of(model: nn.Module) -> Tensor:
+    """Return all parameters, `(N,)`."""
+    return torch.cat([whole(p) for p in model.parameters()])
