@@ -70,6 +70,29 @@ def _krum(e: Experiment) -> list[Run]:
     return _ruled("krum", lambda e: float(bad))(e) if len(e.base.ranks) >= bad + 3 else []
 
 
+def _mixing(bad: Callable[[Experiment], int]) -> Callable[[Experiment], list[Run]]:
+    """Return the run of ByzFL's mixing told of so many bad ranks; none where it allows no such number.
+
+    Told of none, it is averaging.
+    """
+
+    def runs(e: Experiment) -> list[Run]:
+        allowed = 0 < bad(e) < len(e.base.ranks) / 2
+        return [replace(e.base, rule=Rule("mixing", float(bad(e))))] if allowed else []
+
+    return runs
+
+
+def _clipping(e: Experiment) -> list[Run]:
+    return [replace(e.base, rule=Rule("clipping", radius)) for radius in (0.1, 1.0, 10.0)]
+
+
+def _most(e: Experiment) -> int:
+    """Return the largest number of bad ranks that mixing allows; 0 where an arm tells it the same."""
+    most = (len(e.base.ranks) - 1) // 2
+    return most if most > len(e.bad) + 1 else 0
+
+
 def _oracle(e: Experiment) -> list[Run]:
     if e.bad:
         good = tuple(rank for rank in e.base.ranks if rank not in e.bad)
@@ -101,6 +124,11 @@ ARMS: dict[str, Arm] = {
     "sequential": Arm("SequentialAgreement (paper), tau {tau}", "filter", _ruled("sequential", lambda e: e.tau)),
     "upgrad": Arm("UPGrad (TorchJD)", "other rule", _ruled("upgrad", lambda e: None)),
     "krum": Arm("Krum (TorchJD)", "other rule", _krum),
+    "mixing": Arm("mixing + multi-Krum (ByzFL), f right", "other rule", _mixing(lambda e: len(e.bad))),
+    "mixing less": Arm("… f one too small", "other rule", _mixing(lambda e: len(e.bad) - 1)),
+    "mixing more": Arm("… f one too large", "other rule", _mixing(lambda e: len(e.bad) + 1)),
+    "mixing most": Arm("… f as large as allowed", "other rule", _mixing(_most)),
+    "clipping": Arm("centred clipping (ByzFL), best radius", "other rule", _clipping),
     "oracle": Arm("oracle: no bad ranks or labels", "oracle", _oracle),
     **with_controls("consensus", Arm("consensus (`GAFState()`)", "filter", _ruled(CONSENSUS, lambda e: 4096.0))),
     "consensus 1024": Arm("consensus, sketches of 1024", "filter", _ruled(CONSENSUS, lambda e: 1024.0)),
@@ -119,5 +147,8 @@ ALL = (
     "default", "neighborhood", "momenta 0.7", *CONSENSUS_ARMS, "sequential", "upgrad", "krum", "oracle",
 )  # fmt: skip
 """What every experiment trains."""
+
+PEERS = ("mixing", "mixing less", "mixing more", "mixing most", "clipping")
+"""ByzFL's rules, in chosen experiments."""
 
 WITH_TUNED = (*ALL[: ALL.index("sequential")], "tuned", *ALL[ALL.index("sequential") :])

@@ -9,13 +9,14 @@ from typing import Any, Literal
 class Labels:
     """What is wrong with the training labels.
 
-    kind: `"clean"`; `"shift"`, the class after the right one; `"uniform"`, `share` of them another class at
-    random; `"human"`, the label set called `column`; `"own classes"`, right, but a rank sees only its `classes`.
+    kind: `"clean"`; `"shift"`, the class after the right one; `"shuffled"`, those of other examples; `"uniform"`,
+    `share` of them another class at random; `"human"`, the label set called `column`; `"own classes"`, right, but
+    a rank sees only its `classes`; of text, only its registers.
     ranks: whose labels are wrong (their own copy of them); () is everyone's.
     classes: which classes each rank sees, in rank order.
     """
 
-    kind: Literal["clean", "shift", "uniform", "human", "own classes"] = "clean"
+    kind: Literal["clean", "shift", "shuffled", "uniform", "human", "own classes"] = "clean"
     ranks: tuple[int, ...] = ()
     share: float = 0.0
     column: str = ""
@@ -24,10 +25,19 @@ class Labels:
 
 @dataclass(frozen=True)
 class Fault:
-    """What one rank does to its gradient before the others see it; the names are in `faults.FAULTS`."""
+    """What a rank does to its gradient before the others see it; the names are in `faults.FAULTS`.
+
+    others: ranks that send the same as that one.
+    """
 
     kind: str
     rank: int
+    others: tuple[int, ...] = ()
+
+    @property
+    def all_ranks(self) -> tuple[int, ...]:
+        """Every rank with the fault."""
+        return (self.rank, *self.others)
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,7 @@ class Run:
     rule: Rule = AVERAGING
     weight_decay: float = 1e-4
     evaluate_every: int = 20
+    optimizer: Literal["sgd", "adam"] = "sgd"
     engine: Literal["one process", "ddp"] = "one process"
 
     @property

@@ -4,33 +4,38 @@ from dataclasses import replace
 
 from benchmarks.accuracy.arms import ALL, CONSENSUS_ARMS
 from benchmarks.accuracy.declare import Experiment, Labels, Run
-from benchmarks.accuracy.on_digits import broken, classes, shift, tau, uniform
+from benchmarks.accuracy.on_digits import attack, broken, classes, shift, tau, uniform
+from benchmarks.accuracy.on_text import text
 
 
 def human() -> list[Experiment]:
-    """Return CIFAR-10N on a small CIFAR-10, which needs --data-dir."""
+    """Return a small CIFAR-10 with CIFAR-10N's and other wrong labels, and without; it needs --data-dir."""
     few = ("averaging", "best lr", "random members", "random skips", "neighborhood", "momenta 0.7",
            *CONSENSUS_ARMS, "sequential", "oracle")  # fmt: skip
     base = Run("small cifar10", "conv", (0, 1, 2, 3), 16, 400, lr=0.05, evaluate_every=25)
+    least = ("averaging", "best lr", "neighborhood", "consensus", "consensus: random members", "oracle")
     settings = {
-        "`worse` labels everywhere": (Labels("human", column="worse"), ALL),
-        "`aggregate` labels everywhere": (Labels("human", column="aggregate"), few),
-        "`worse` labels on rank 0 of 4": (Labels("human", (0,), column="worse"), ALL),
-        "wrong label map on rank 0 of 4": (Labels("shift", (0,)), few),
+        "`worse` labels everywhere": (4, Labels("human", column="worse"), ALL),
+        "`aggregate` labels everywhere": (4, Labels("human", column="aggregate"), few),
+        "`worse` labels on rank 0 of 4": (4, Labels("human", (0,), column="worse"), ALL),
+        "wrong label map on rank 0 of 4": (4, Labels("shift", (0,)), few),
+        "right labels on 4 ranks": (4, Labels(), least),
+        "wrong label map on rank 0, 3, 6 of 8": (8, Labels("shift", (0, 3, 6)), least),
     }
     return [
         Experiment(
             f"human {name.replace('`', '')}",
             "human",
-            f"CIFAR-10 (16x16, 2500 images), W=4, batch 16, {name}",
-            replace(base, labels=labels),
+            f"CIFAR-10 (16x16, 2500 images), W={world}, batch 16, {name}",
+            replace(base, ranks=tuple(range(world)), labels=labels),
             arms,
             tau=0.9,
             bad=labels.ranks,
             lrs=(0.02, 0.05),
+            seeds=3 if world == 4 else 2,
             notes={"panel": name.replace("`", "")},
         )
-        for name, (labels, arms) in settings.items()
+        for name, (world, labels, arms) in settings.items()
     ]
 
 
@@ -40,12 +45,14 @@ GROUPS: dict[str, str] = {
     "uniform": "Every rank has the same share of random labels (the paper's case): is it more than fewer updates?",
     "tau": "How many steps does a tau skip, by W and batch size?",
     "classes": "Every label is right, but ranks see different classes: does the filter hurt honest minorities?",
-    "human": "Human label noise (CIFAR-10N), on every rank and on one rank",
+    "human": "A harder task, small CIFAR-10: human label noise (CIFAR-10N) and wrong label maps",
+    "text": "Another kind of network: a character transformer with one bad rank, or an honest one that differs",
+    "attack": "Attackers who know the rule and stay just within its reach: what do they cost?",
 }
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
-    for declare in (shift, broken, uniform, tau, classes, human)
+    for declare in (shift, broken, uniform, tau, classes, human, text, attack)
     for experiment in declare()
 }
 

@@ -1,4 +1,4 @@
-"""The images and labels experiments draw from, whole and clean: digits, and a small CIFAR-10."""
+"""What experiments draw from, whole and clean: digits, a small CIFAR-10, and text."""
 
 from dataclasses import dataclass, field
 from functools import cache
@@ -8,31 +8,42 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.accuracy import text
 from launch.cli import parse
 from launch.data import CIFAR_MEAN, CIFAR_STD, load
 
+TEXTS = {"documentation": (0,), "two registers": (0, 1)}  # and which of text.py's they have
 SMALL_TRAIN, SMALL_TEST, SMALL_SIDE = 250, 100, 16  # images per class, and their side
 
 
 @dataclass(frozen=True)
 class Images:
-    """Training and test images (n, channels, height, width), labels, and other label sets by name."""
+    """Training and test images (n, channels, height, width), labels, and other label sets by name.
+
+    Of text, images are windows (n, letters), labels the letters that follow each, the same shape.
+    groups, test_groups: what ranks may have some of only, (n,): the class, or the register of a text.
+    """
 
     train: Tensor
     labels: Tensor
     test: Tensor
     test_labels: Tensor
     classes: int
+    groups: Tensor
+    test_groups: Tensor
     human: dict[str, Tensor] = field(default_factory=dict)
 
 
 @cache
 def read_images(data: str, folder: Path | None) -> Images:
-    """Return `"digits"` or `"small cifar10"`; folder: where the user keeps what does not come with a package."""
+    """Return `"digits"`, `"small cifar10"` or a text; folder: of what does not come with a package."""
     if data == "digits":
         source = load(parse(["--data", "digits"]))
         train, test = (part.read(range(len(part))) for part in (source.train, source.test))
-        return Images(train, source.train.labels, test, source.test.labels, source.classes)
+        labels, test_labels = source.train.labels, source.test.labels
+        return Images(train, labels, test, test_labels, source.classes, labels, test_labels)
+    if data in TEXTS:
+        return _text(TEXTS[data])
     if folder is None:
         raise ValueError(f"--data-dir must be given for {data}, found nothing")
     return _small_cifar(folder)
@@ -54,7 +65,18 @@ def _small_cifar(folder: Path) -> Images:
     columns = {column: torch.tensor([by_path[name][i] for name in names]) for i, column in enumerate(header[1:])}
     if not torch.equal(columns["clean"], labels):
         raise ValueError("human_labels.csv must have the folders' labels as its clean column, found others")
-    return Images(train, labels, test, test_labels, 10, columns)
+    return Images(train, labels, test, test_labels, 10, labels, test_labels, columns)
+
+
+def _text(registers: tuple[int, ...]) -> Images:
+    """Return windows of text, of which each letter is to be told the next."""
+    cut = [text.windows(register) for register in registers]
+    every = text.TRAIN // text.TEST + 1  # test windows are spread evenly, so that they are of the same modules
+    test = torch.cat([part[::every] for part in cut])
+    train = torch.cat([part[torch.arange(len(part)) % every != 0] for part in cut])
+    groups, test_groups = (torch.tensor(registers).repeat_interleave(len(w) // len(cut)) for w in (train, test))
+    letters = len(text.LETTERS)
+    return Images(train[:, :-1], train[:, 1:], test[:, :-1], test[:, 1:], letters, groups, test_groups)
 
 
 def _first_of_each(folder: Path, part: str, count: int) -> tuple[Tensor, list[str], Tensor]:

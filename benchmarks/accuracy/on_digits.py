@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from benchmarks.accuracy.arms import ALL, WITH_TUNED
+from benchmarks.accuracy.arms import ALL, PEERS, WITH_TUNED
 from benchmarks.accuracy.declare import Experiment, Fault, Labels, Run
-from benchmarks.accuracy.faults import FAULTS
+from benchmarks.accuracy.faults import FAULTS, INSIDER
 
 GRID = (0.005, 0.0125, 0.025, 0.1, 0.2)  # besides the setting's own 0.05
 REAL = ("averaging", "random members", "neighborhood", "sequential")
@@ -16,7 +16,7 @@ def digits_run(world: int, batch: int, steps: int) -> Run:
 
 
 def shift() -> list[Experiment]:
-    """Return a minority of ranks with the wrong label map."""
+    """Return a minority of ranks with the wrong label map; of sixteen ranks also one, and none."""
     settings = [(3, 26, (1,)), (4, 20, (0,)), (4, 20, (1,)), (4, 20, (3,)), (8, 10, (0, 3, 6))]
     return [
         Experiment(
@@ -24,7 +24,7 @@ def shift() -> list[Experiment]:
             "shift",
             f"digits, W={world}, batch {batch}, wrong label map on rank {', '.join(map(str, bad))}",
             replace(digits_run(world, batch, 400), labels=Labels("shift", bad)),
-            (*WITH_TUNED, "momenta 0.7: random members"),
+            (*WITH_TUNED, "momenta 0.7: random members", *PEERS),
             bad=bad,
             lrs=(*GRID, 0.05),
             seeds=5,
@@ -33,12 +33,42 @@ def shift() -> list[Experiment]:
             notes={"panel": f"W={world}, bad rank {', '.join(map(str, bad))}"},
         )
         for world, batch, bad in settings
-    ]
+    ] + [_of_sixteen(bad) for bad in ((0, 5, 10), (15,), ())]
+
+
+def _of_sixteen(bad: tuple[int, ...]) -> Experiment:
+    told = f"wrong label map on rank {', '.join(map(str, bad))}" if bad else "no wrong labels"
+    return Experiment(
+        f"shift w16 bad {'-'.join(map(str, bad))}" if bad else "shift w16 clean",
+        "shift",
+        f"digits, W=16, batch 10, {told}",
+        replace(digits_run(16, 10, 400), labels=Labels("shift", bad) if bad else Labels()),
+        ("averaging", "best lr", "neighborhood", "consensus", "consensus: random members", "oracle"),
+        bad=bad,
+        lrs=(0.025, 0.05, 0.1, 0.2),
+        notes={"panel": f"W=16, bad rank {', '.join(map(str, bad))}" if bad else "W=16, none bad"},
+    )
 
 
 def broken() -> list[Experiment]:
     """Return one broken rank of eight, the first or the last, and none."""
-    return [_broken(None), *(_broken(Fault(kind, rank)) for kind in FAULTS for rank in (0, 7))]
+    kinds = [kind for kind in FAULTS if kind != INSIDER]
+    return [_broken(None), *(_broken(Fault(kind, rank)) for kind in kinds for rank in (0, 7))]
+
+
+def attack() -> list[Experiment]:
+    """Return attackers who know the rule and its constants, one and three of eight."""
+    arms = ("averaging", "best lr", "neighborhood", "momenta 0.7", "consensus", "consensus: random members",
+            "exact consensus", *PEERS, "oracle")  # fmt: skip
+    return [
+        Experiment(
+            f"attack {len(bad)} of 8", "attack", f"digits, W=8, batch 10, attackers on rank {told}",
+            replace(digits_run(8, 10, 400), fault=Fault(INSIDER, bad[0], bad[1:])),
+            arms, bad=bad, lrs=(0.025, 0.05, 0.1), notes={"panel": f"attackers on rank {told}"},
+        )
+        for bad in ((0,), (0, 3, 6))
+        for told in (", ".join(map(str, bad)),)
+    ]  # fmt: skip
 
 
 def _broken(fault: Fault | None) -> Experiment:
@@ -50,7 +80,7 @@ def _broken(fault: Fault | None) -> Experiment:
         "broken",
         f"digits, W=8, batch 10, {f'{kind} on rank {rank}' if fault else 'nothing broken'}",
         replace(digits_run(8, 10, 400), fault=fault),
-        few if rank else (*ALL, "guard only"),
+        few if rank else (*ALL, "guard only", *PEERS),
         tau=0.95,
         bad=(rank,) if fault else (),
         lrs=(0.005, 0.02, 0.05),
@@ -125,7 +155,7 @@ def classes() -> list[Experiment]:
         Experiment(
             f"classes {name}", "classes", f"digits, W={world}, batch {batch}, {name}",
             replace(digits_run(world, batch, 400), labels=Labels("own classes", classes=classes)),
-            ALL, tau=0.9, lrs=(*GRID, 0.05), seeds=3, notes={"panel": name},
+            (*ALL, *PEERS), tau=0.9, lrs=(*GRID, 0.05), seeds=3, notes={"panel": name},
         )
         for name, (world, batch, classes) in settings.items()
     ]  # fmt: skip

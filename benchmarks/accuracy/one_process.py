@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.accuracy import peers
 from benchmarks.accuracy.declare import Run
 from benchmarks.accuracy.faults import FAULTS
 from benchmarks.accuracy.gradients import all_gradients
@@ -48,6 +49,8 @@ class OneProcess:
         self.optimizer = build_optimizer(run, self.model)
         settings = settings_of(run, counts)
         self._judge = None if settings is None else Judged(settings)
+        clips = run.rule.name == "clipping" and run.rule.parameter is not None
+        self._average = peers.clipping(run.rule.parameter) if clips else lambda rows: rows.mean(0)
         self._fault_memory: dict[str, Tensor] = {}
         self._random = torch.Generator().manual_seed(run.seed)
 
@@ -57,7 +60,7 @@ class OneProcess:
         rows = all_gradients(self.model, batches)
         self._break(rows)
         if self._judge is None:
-            self._update(rows.mean(0))
+            self._update(self._average(rows))
             return None
         agreement = self._judge(rows)
         if agreement.agreed:
@@ -65,13 +68,14 @@ class OneProcess:
         return agreement.kept
 
     def _break(self, rows: Tensor) -> None:
-        """Put the fault in place of the bad rank's gradient."""
-        fault = self._run.fault
-        if fault is None or fault.rank not in self._run.ranks:
+        """Put the fault in place of the bad ranks' gradients."""
+        fault, ranks = self._run.fault, self._run.ranks
+        bad = [place for place, rank in enumerate(ranks) if fault is not None and rank in fault.all_ranks]
+        if fault is None or not bad:
             return
-        bad = self._run.ranks.index(fault.rank)
-        honest = rows[torch.arange(len(rows)) != bad]
-        rows[bad] = FAULTS[fault.kind](honest, rows[bad].clone(), self._fault_memory, self._random)
+        honest = rows[[place for place in range(len(ranks)) if place not in bad]]
+        sent = FAULTS[fault.kind](honest, rows[bad[0]].clone(), self._fault_memory, self._random)
+        rows[bad] = sent
 
     def _update(self, average: Tensor) -> None:
         """Step along a flat gradient `(N,)`."""

@@ -39,8 +39,8 @@ class RealRank:
         self.state = None if settings is None else GAFState(**{"scope": "model", **settings})
         if self.state is not None:
             skip_on_disagreement(self._optimizer, self.state)
-        if run.fault is not None and run.fault.rank in run.ranks:
-            self.bad = run.ranks.index(run.fault.rank)
+        self.bad = [place for place, rank in enumerate(run.ranks) if run.fault and rank in run.fault.all_ranks]
+        if self.bad:
             self.memory: dict[str, Tensor] = {}
             self.random = torch.Generator().manual_seed(run.seed)
             self._ddp.register_comm_hook(self, _broken_hook)
@@ -60,14 +60,14 @@ def _broken_hook(
     rank: RealRank,
     bucket: dist.GradBucket,  # type: ignore[name-defined]
 ) -> torch.futures.Future[torch.Tensor]:
-    """Show the bad rank everyone's bucket, let it put its fault in its own, then go on as without it."""
+    """Show the bad ranks everyone's bucket, let them put their fault in their own, then go on as without it."""
     gradients = _in_order(rank.model, bucket)
     own = torch.cat([gradient.flatten() for gradient in gradients])
     rows = own.new_empty(dist.get_world_size(), own.numel())
     all_gather_single(rows.view(-1), own)
-    if dist.get_rank() == rank.bad:
+    if dist.get_rank() in rank.bad:
         assert rank.fault is not None
-        honest = rows[torch.arange(len(rows)) != rank.bad]
+        honest = rows[[place for place in range(len(rows)) if place not in rank.bad]]
         sent = FAULTS[rank.fault.kind](honest, own, rank.memory, rank.random)
         for gradient, part in zip(gradients, torch.split(sent, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))

@@ -1,7 +1,7 @@
-"""How the ranks' gradients become one, by name: the package's filters, TorchJD's rules, and the random controls.
+"""How the ranks' gradients become one, by name: the package's filters, others' rules, and the random controls.
 
-A rule is what `GAFState` is told. The controls repeat another run's acceptance: how many ranks it kept at each
-step, as a list of counts.
+A rule is what `GAFState` is told; centred clipping alone is none of it (`peers.py`). The controls repeat another
+run's acceptance: how many ranks it kept at each step, as a list of counts.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.accuracy import peers
 from benchmarks.accuracy.declare import Run
 from gaf_ddp import ConsensusAgreement, Mean, NeighborhoodAgreement, SequentialAgreement, Weighting
 from gaf_ddp.weighting import present
@@ -81,6 +82,7 @@ RULES: dict[str, Callable[[Any, int, Sequence[int]], Settings]] = {
     "random members": lambda _, seed, counts: {"weighting": RandomMembers(counts, seed)},
     "random skips": lambda _, seed, counts: {"weighting": RandomSkips(counts, seed)},
     "krum": lambda bad, seed, counts: {"weighting": _krum(bad)},
+    "mixing": lambda bad, seed, counts: {"weighting": peers.mixing(int(bad))},
     "upgrad": lambda _, seed, counts: {"weighting": _upgrad()},
     # As GAFState() is, save that a model of many buckets is judged once a step, as all arms are.
     CONSENSUS: lambda size, seed, counts: {"sketch_size": int(size), "scope": "model"},
@@ -90,10 +92,12 @@ RULES: dict[str, Callable[[Any, int, Sequence[int]], Settings]] = {
 
 
 def settings_of(run: Run, counts: Sequence[int] = ()) -> Settings | None:
-    """Return what a run's `GAFState` is told, new for each run; None for plain averaging, without a hook.
+    """Return what a run's `GAFState` is told, new for each run; None where there is none.
 
     counts: how many ranks the run that it repeats kept at each step.
     """
     if run.rule.like is not None and len(counts) < run.steps:
         raise ValueError(f"counts must hold {run.steps} steps for {run.rule}, found {len(counts)}")
-    return None if run.rule.name == "averaging" else RULES[run.rule.name](run.rule.parameter, run.seed, counts)
+    if run.rule.name in ("averaging", "clipping"):
+        return None
+    return RULES[run.rule.name](run.rule.parameter, run.seed, counts)

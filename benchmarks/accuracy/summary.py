@@ -59,12 +59,18 @@ def _all_there(runs: Sequence[Run], store: Store) -> bool:
     return bool(runs) and all(run in store for run in runs)
 
 
+def _choice(run: Run) -> tuple[float, float | None]:
+    """Return what an arm with several runs of a seed chooses by test accuracy: lr, or its rule's parameter."""
+    return run.lr, run.rule.parameter
+
+
 def _row(experiment: Experiment, arm: str, runs: Sequence[Run], store: Store) -> Row:
     title = title_of(experiment, arm)
-    if len({run.lr for run in runs}) > 1:
-        best = max({run.lr for run in runs}, key=lambda lr: mean(store[r]["final"] for r in runs if r.lr == lr))
-        runs = [run for run in runs if run.lr == best]
-        title += f" ({best:g})"
+    if len({_choice(run) for run in runs}) > 1:
+        ways = {_choice(run): [store[r]["final"] for r in runs if _choice(r) == _choice(run)] for run in runs}
+        best = max(ways, key=lambda way: mean(ways[way]))
+        runs = [run for run in runs if _choice(run) == best]
+        title += f" ({best[len({lr for lr, _ in ways}) == 1]:g})"
     records = [store[run] for run in runs]
     real = [store[run]["final"] for run in real_runs_of(experiment, arm) if run in store]
     return Row(

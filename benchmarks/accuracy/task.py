@@ -11,6 +11,7 @@ from benchmarks.accuracy.images import Images, read_images
 from launch.labels import add_label_noise, shift_labels
 
 NOISE_SEED = 424_242  # apart from the validation part's, which must not be the noisy part
+SHUFFLE_SEED = 171_717
 VALIDATION = 0.15  # of the training data, held out for early stopping, with the labels training would see
 
 
@@ -19,7 +20,7 @@ class Task:
     """One run's data. `labels[i]` and `draws[i]` belong to the i-th rank that takes part.
 
     labels: (n,) each, as that rank sees them. draws: (steps, batch) indices into images.
-    few: bool (test examples,), those of the classes that the fewest ranks see; all where everyone sees all.
+    few: bool (test examples,), of classes or registers that the fewest ranks see; all where everyone sees all.
     """
 
     images: Tensor
@@ -48,10 +49,10 @@ def build_task(run: Run, folder: Path | None) -> Task:
     return Task(
         source.train,
         [seen[rank] for rank in run.ranks],
-        [_draws(run, rank, kept, source.labels) for rank in run.ranks],
+        [_draws(run, rank, kept, source.groups) for rank in run.ranks],
         (source.train[held], answers),
         (source.test, source.test_labels),
-        _seen_by_few(run.labels, source.test_labels),
+        _seen_by_few(run.labels, source.test_groups),
         source.classes,
     )
 
@@ -62,6 +63,9 @@ def _labels(source: Images, wrong: Labels, rank: int, seed: int) -> Tensor:
         return source.labels
     if wrong.kind == "shift":
         return shift_labels(source.labels, source.classes)
+    if wrong.kind == "shuffled":
+        order = torch.randperm(source.labels.numel(), generator=torch.Generator().manual_seed(SHUFFLE_SEED + seed))
+        return source.labels.flatten()[order].view_as(source.labels)
     if wrong.kind == "uniform":
         return add_label_noise(source.labels, source.classes, wrong.share, NOISE_SEED + seed)
     if wrong.column not in source.human:
@@ -69,16 +73,16 @@ def _labels(source: Images, wrong: Labels, rank: int, seed: int) -> Tensor:
     return source.human[wrong.column]
 
 
-def _draws(run: Run, rank: int, kept: Tensor, labels: Tensor) -> Tensor:
+def _draws(run: Run, rank: int, kept: Tensor, groups: Tensor) -> Tensor:
     """Return indices (steps, batch), drawn with replacement from what this rank may see."""
     if run.labels.kind == "own classes":
-        kept = kept[torch.isin(labels[kept], torch.tensor(run.labels.classes[rank]))]
+        kept = kept[torch.isin(groups[kept], torch.tensor(run.labels.classes[rank]))]
     random = torch.Generator().manual_seed(1_000_003 * run.seed + rank)
     return kept[torch.randint(len(kept), (run.steps, run.batch), generator=random)]
 
 
-def _seen_by_few(wrong: Labels, labels: Tensor) -> Tensor:
+def _seen_by_few(wrong: Labels, groups: Tensor) -> Tensor:
     if wrong.kind != "own classes":
-        return torch.ones_like(labels, dtype=torch.bool)
-    seen = [sum(label in classes for classes in wrong.classes) for label in range(int(labels.max()) + 1)]
-    return torch.isin(labels, torch.tensor([label for label, n in enumerate(seen) if n == min(seen)]))
+        return torch.ones_like(groups, dtype=torch.bool)
+    seen = [sum(group in classes for classes in wrong.classes) for group in range(int(groups.max()) + 1)]
+    return torch.isin(groups, torch.tensor([group for group, n in enumerate(seen) if n == min(seen)]))

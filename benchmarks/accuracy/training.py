@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, Adam, Optimizer
 
 from benchmarks.accuracy.declare import Run
 from benchmarks.accuracy.task import Task
+from benchmarks.accuracy.transformer import Transformer
 from launch.models import build_model
 
 Record = dict[str, Any]
@@ -20,12 +21,16 @@ EVALUATION_BATCH = 500
 def build_network(run: Run, task: Task) -> nn.Module:
     """Return the run's network, initialised from its seed."""
     torch.manual_seed(run.seed)
+    if run.model == "transformer":
+        return Transformer(task.images.shape[1], task.classes)
     channels, height, width = task.images.shape[1:]
     return build_model(run.model, (channels, height, width), task.classes)
 
 
 def build_optimizer(run: Run, model: nn.Module) -> Optimizer:
     """Return the run's optimizer."""
+    if run.optimizer == "adam":
+        return Adam(model.parameters(), run.lr, weight_decay=run.weight_decay)
     return SGD(model.parameters(), run.lr, MOMENTUM, weight_decay=run.weight_decay, nesterov=True)
 
 

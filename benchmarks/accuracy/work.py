@@ -41,12 +41,13 @@ def _job(run: Run, store: Store, folder: Path | None) -> Job:
 
 def _alone(runs: Sequence[Run], store: Store, folder: Path | None, jobs: int) -> Iterator[tuple[Run, Record]]:
     """Make runs, several at a time; those that repeat others after all the others."""
-    if not runs:
-        return
-    with multiprocessing.get_context("forkserver").Pool(min(jobs, len(runs)), initializer=_prepare) as pool:
-        for repeats in (False, True):
-            due = [run for run in runs if (run.rule.like is not None) == repeats]
-            yield from pool.imap_unordered(_train_one, [_job(run, store, folder) for run in due])
+    if jobs == 1:  # in this process: a stop signal to it is one to its work
+        yield from (_train_one(_job(run, store, folder)) for run in runs)
+    elif runs:
+        with multiprocessing.get_context("forkserver").Pool(min(jobs, len(runs)), initializer=_prepare) as pool:
+            for repeats in (False, True):
+                due = [run for run in runs if (run.rule.like is not None) == repeats]
+                yield from pool.imap_unordered(_train_one, [_job(run, store, folder) for run in due])
 
 
 def _prepare() -> None:

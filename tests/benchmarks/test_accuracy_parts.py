@@ -8,15 +8,19 @@ import pytest
 import torch
 
 import benchmarks
-from benchmarks.accuracy.arms import ARMS, all_runs, runs_of
-from benchmarks.accuracy.declare import Labels, Rule, Run, plain
+from benchmarks.accuracy import harm, peers, text
+from benchmarks.accuracy.arms import ARMS, PEERS, all_runs, runs_of
+from benchmarks.accuracy.declare import Fault, Labels, Rule, Run, plain
 from benchmarks.accuracy.experiments import EXPERIMENTS
-from benchmarks.accuracy.faults import FAULTS
+from benchmarks.accuracy.faults import FAULTS, INSIDER
 from benchmarks.accuracy.gradients import all_gradients
 from benchmarks.accuracy.rules import RandomMembers, RandomSkips, settings_of
 from benchmarks.accuracy.store import Store
 from benchmarks.accuracy.summary import tables_of
 from benchmarks.accuracy.task import build_task
+from benchmarks.accuracy.transformer import Transformer
+from gaf_ddp.consensus import judge
+from gaf_ddp.consensus_memory import MOMENTUM
 from launch.models import build_model
 
 RUN = Run("digits", "mlp", (0, 1, 2, 3), 20, steps=40, lr=0.05)
@@ -74,6 +78,46 @@ def test_faults_change_the_gradient(kind: str) -> None:
     sent = FAULTS[kind](honest, own, memory, random)
     assert sent.shape == own.shape
     assert not torch.equal(sent, own)
+
+
+def test_attackers_who_know_the_rule_stay_just_within_its_reach() -> None:
+    random = torch.Generator().manual_seed(0)
+    momenta, memory = torch.zeros(8, 200), {}
+    for _ in range(300):
+        honest = 0.1 + torch.randn(7, 200, generator=random)
+        sent = FAULTS[INSIDER](honest, honest[0], memory, random)
+        momenta = MOMENTUM * momenta + torch.vstack([sent, honest])
+        z = judge(momenta @ momenta.T, torch.ones(8, dtype=torch.bool))[0]
+    assert 2.4 < float(z[0]) < 3.2
+    assert float(momenta[0] @ momenta[1:].mean(0)) < float(momenta[1:].mean(0).square().sum())
+
+
+def test_attackers_are_left_out_by_the_oracle_alone() -> None:
+    experiment = EXPERIMENTS["attack 3 of 8"]
+    assert experiment.base.fault == Fault(INSIDER, 0, (3, 6))
+    assert ARMS["oracle"].runs(experiment)[0].ranks == (1, 2, 4, 5, 7)
+
+
+@pytest.mark.parametrize(("ranks", "bad"), [(4, 1), (5, 2), (8, 3), (8, 2)])
+def test_mixing_is_told_as_the_weights_byzfl_gives(ranks: int, bad: int) -> None:
+    byzfl = pytest.importorskip("byzfl")
+    rows = torch.randn(ranks, 500, generator=torch.Generator().manual_seed(ranks)) + 0.3
+    rows[0] += 2
+    weights = peers.mixing(bad)(rows @ rows.T)
+    torch.testing.assert_close(weights @ rows, byzfl.MultiKrum(bad)(byzfl.NNM(bad)(rows)), atol=1e-5, rtol=1e-5)
+
+
+def test_mixing_is_told_of_numbers_it_allows_only() -> None:
+    runs = {arm: ARMS[arm].runs(EXPERIMENTS["shift w8 bad 0-3-6"]) for arm in PEERS}
+    told = {arm: [run.rule.parameter for run in found] for arm, found in runs.items()}
+    assert told == {
+        "mixing": [3],
+        "mixing less": [2],
+        "mixing more": [],
+        "mixing most": [],
+        "clipping": [0.1, 1, 10],
+    }
+    assert [run.rule.parameter for run in ARMS["mixing most"].runs(EXPERIMENTS["broken none"])] == [3]
 
 
 def test_random_members_copies_the_counts_among_voters() -> None:
@@ -156,3 +200,47 @@ def test_gradients_at_once_equal_those_of_a_rank_alone() -> None:
         torch.testing.assert_close(row, expected)
     wrapped = torch.nn.Sequential(model, torch.nn.Identity())  # a layer it does not know: rank by rank
     torch.testing.assert_close(all_gradients(wrapped, batches), rows)
+
+
+def test_no_harm_is_the_difference_over_seeds_in_cells_without_bad_ranks(tmp_path: Path) -> None:
+    clean, bad = (EXPERIMENTS[name] for name in ("broken none", "shift w4 bad 0"))
+    store = Store(tmp_path / "runs.jsonl")
+    for experiment in (clean, bad):
+        for arm, gain in (("averaging", 0.0), ("consensus", 0.5)):
+            for run in runs_of(experiment, arm):
+                final = 90 + 3 * run.seed + gain * run.seed
+                store.add(run, {**RECORD, "final": final, "kept_by_rank": [1.0] * 7 + [0.2]})
+    harm.write([clean, bad], store, tmp_path)
+    lines = (tmp_path / "accuracy_harm.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith("| digits")] == [
+        f"| {clean.title} | 93.0 | +0.50 ± 0.29 | 90.0 % | 20.0 % | 3 |"
+    ]
+
+
+def test_windows_of_text_follow_one_another_and_do_not_overlap() -> None:
+    windows = text.windows(1)
+    assert windows.shape == (text.TRAIN + text.TEST, text.CONTEXT + 1)
+    assert "".join(text.LETTERS[i] for i in windows[0]).startswith('The "assert"')
+    assert len({tuple(window.tolist()) for window in windows}) == len(windows)
+    task = build_task(replace(EXPERIMENTS["text rank 3 of 4 alone has the other register"].base, steps=2), None)
+    shown, asked = task.batch(0, 0)
+    assert torch.equal(shown[:, 1:], asked[:, :-1])
+    assert 0 < int(task.few.sum()) < len(task.few)
+
+
+def test_shuffled_targets_are_those_of_other_examples() -> None:
+    clean, task = (
+        build_task(replace(RUN, labels=labels), None) for labels in (Labels(), Labels("shuffled", (1,)))
+    )
+    assert torch.equal(task.labels[0], clean.labels[0])
+    assert torch.equal(task.labels[1].sort().values, clean.labels[1].sort().values)
+    assert (task.labels[1] == clean.labels[1]).float().mean() < 0.2
+
+
+def test_the_transformer_does_not_look_ahead() -> None:
+    model, window = Transformer(16, 20), torch.randint(20, (2, 16))
+    later = window.clone()
+    later[:, 9:] = (later[:, 9:] + 1) % 20
+    scores, changed = model(window), model(later)
+    torch.testing.assert_close(scores[:, :, :9], changed[:, :, :9])
+    assert not torch.allclose(scores[:, :, 9:], changed[:, :, 9:])
