@@ -14,9 +14,9 @@ from launch.settings import Settings
 
 DESCRIPTION = """\
 Train a classifier under DistributedDataParallel, with and without Gradient Agreement Filtering.
-Without arguments: scikit-learn's digits, one rank with wrong labels, averaging against the filter."""
+Without arguments: scikit-learn's digits, one rank with wrong labels, averaging against the filters."""
 
-BASELINE_AND_FILTER = ("average", "gaf")
+BASELINE_AND_FILTERS = ("average", "gaf", "consensus")
 EPILOG = """\
 All flags must be the same on every rank. Exit codes: 0 all is done; 2 a setting, a file or a disk must be mended,
 as the last line says; 143 SIGTERM came, the job is saved and goes on with --resume; 1 anything else.
@@ -28,7 +28,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     """Return the command line's settings; `SettingsError` names the option, its rule and the value found."""
     values = vars(_parser().parse_args(arguments))
     compare, method = values.pop("compare"), values.pop("method")
-    values["methods"] = (method,) if method else compare or BASELINE_AND_FILTER
+    values["methods"] = (method,) if method else compare or BASELINE_AND_FILTERS
     settings = Settings(**values)
     if settings.resume and settings.out is None:
         raise SettingsError("--resume needs --out, the folder of the job to go on with; found none")
@@ -87,13 +87,23 @@ def _add_filter(group: argparse._ArgumentGroup) -> None:
         type=_methods,
         nargs="?",
         default=None,
-        const=BASELINE_AND_FILTER,
+        const=BASELINE_AND_FILTERS,
         metavar="METHODS",
-        help="train with each of these, from the same seeds; without --method: average,gaf",
+        help="train with each of these, from the same seeds; without --method: average,gaf,consensus",
     )
     add = group.add_argument
-    add("--tau", type=_number(float, 0, 2), default=0.9, help="ranks agree up to this cosine distance")
-    add("--scope", choices=("model", "bucket"), default="model", help="one decision per step, or per bucket")
+    add(
+        "--tau",
+        type=_number(float, 0, 2),
+        default=0.9,
+        help="gaf and paper: ranks agree up to this cosine distance",
+    )
+    add(
+        "--scope",
+        choices=("model", "bucket"),
+        default=None,
+        help="one decision per step, or per bucket; unset: model, and for consensus GAFState's own",
+    )
     add("--exchange", choices=("auto", "sharded", "gather"), default="auto", help="how gradients travel")
     add("--wire-dtype", choices=("bf16", "fp16"), default=None, help="send gradients in this dtype")
     add(
@@ -102,7 +112,7 @@ def _add_filter(group: argparse._ArgumentGroup) -> None:
         default=10.0,
         help="a gradient longer than this many median norms has no vote; or none",
     )
-    add("--vote-momentum", type=_number(float, 0, 0.999), default=0.0, help="judge ranks by momenta of gradients")
+    add("--vote-momentum", type=_number(float, 0, 0.999), default=0.0, help="gaf and paper: judge by momenta")
     add("--start-step", type=_number(int, 0), default=0, help="plain averaging before this step")
 
 

@@ -7,7 +7,14 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from gaf_ddp import GAFState, NeighborhoodAgreement, SequentialAgreement, gaf_hook, skip_on_disagreement
+from gaf_ddp import (
+    ConsensusAgreement,
+    GAFState,
+    NeighborhoodAgreement,
+    SequentialAgreement,
+    gaf_hook,
+    skip_on_disagreement,
+)
 from launch.ranks import Here
 from launch.settings import Plan
 
@@ -15,9 +22,10 @@ from launch.settings import Plan
 METHODS: dict[str, Callable[[float], Callable[[Tensor], Tensor]] | None] = {
     "average": None,
     "gaf": NeighborhoodAgreement,
+    "consensus": lambda _: ConsensusAgreement(),  # what GAFState() is without settings
     "paper": SequentialAgreement,
 }
-NAMES = {"average": "averaging", "gaf": "GAF", "paper": "paper's GAF"}
+NAMES = {"average": "averaging", "gaf": "GAF", "consensus": "consensus", "paper": "paper's GAF"}
 WIRE_DTYPES = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -28,15 +36,16 @@ def attach(
     rule = METHODS[method]
     if rule is None:
         return None
+    is_consensus = method == "consensus"
     state = GAFState(
         here.group,
         weighting=rule(plan.tau),
-        scope=plan.scope,
+        scope=plan.scope or (None if is_consensus else "model"),
         exchange=plan.exchange,
         start_step=plan.start_step,
         wire_dtype=WIRE_DTYPES[plan.wire_dtype],
         max_norm_ratio=plan.max_norm_ratio,
-        vote_momentum=plan.vote_momentum,
+        vote_momentum=0.0 if is_consensus else plan.vote_momentum,  # it has a memory of its own
     )
     model.register_comm_hook(state, gaf_hook)
     skip_on_disagreement(optimizer, state)

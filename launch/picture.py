@@ -15,7 +15,8 @@ from launch.records import Record, Result, results, spread
 from launch.settings import Plan
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-COLOURS = {"average": "#666666", "gaf": "#0072B2", "paper": "#009E73"}
+COLOURS = {"average": "#666666", "gaf": "#0072B2", "consensus": "#009E73", "paper": "#CC79A7"}
+DASHES = {"average": ":", "gaf": "--", "consensus": "-", "paper": "-."}  # as a line is told apart in grey, too
 WRONG = "#D55E00"
 STYLE: dict[Any, Any] = {"font.size": 11, "font.family": "DejaVu Sans", "axes.titlesize": 12, "axes.titlepad": 14}
 BLANK = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
@@ -61,7 +62,7 @@ def _draw_accuracy(axis: Axes, records: Sequence[Record], plan: Plan) -> None:
     lowest = 100.0
     for method in plan.methods:
         steps, means, deviations = _curve(records, method)
-        axis.plot(steps, means, color=COLOURS[method], linewidth=2.4, solid_capstyle="round")
+        axis.plot(steps, means, color=COLOURS[method], linestyle=DASHES[method], linewidth=2.4)
         low, high = ([m + sign * d for m, d in zip(means, deviations, strict=True)] for sign in (-1, 1))
         axis.fill_between(steps, low, high, color=COLOURS[method], alpha=0.16, linewidth=0)
         lowest = min(lowest, *low[len(low) // 5 :])  # the steep start may leave the picture

@@ -27,7 +27,7 @@ class Settings:
 
     methods: tuple[str, ...]
     tau: float
-    scope: Literal["model", "bucket"]
+    scope: Literal["model", "bucket"] | None
     exchange: Literal["auto", "sharded", "gather"]
     wire_dtype: str | None
     max_norm_ratio: float | None

@@ -20,7 +20,7 @@ def _record(method: str = "gaf", seed: int = 0, step: int = 20, accuracy: float 
 
 
 def _run(plan: Plan) -> list[Record]:
-    gain = {"average": 0.0, "gaf": 5.0, "paper": 3.0}
+    gain = {"average": 0.0, "gaf": 5.0, "consensus": 6.0, "paper": 3.0}
     return [
         _record(method, seed, step, 80 + gain[method] + seed + step / 40, kept=[0.9] * plan.world)
         for seed, method in plan.runs
@@ -50,6 +50,7 @@ def test_results_are_grouped_by_method_with_one_per_seed() -> None:
     assert {method: [run.seed for run in runs] for method, runs in outcome.items()} == {
         "average": [0, 1, 2],
         "gaf": [0, 1, 2],
+        "consensus": [0, 1, 2],
     }
 
 
@@ -100,7 +101,7 @@ def test_table_of_many_ranks_has_a_column_for_each_kind() -> None:
     [
         ([], 4),
         (["--method", "average", "--corrupt-ranks", "none", "--seeds", 1], 1),
-        (["--compare", "average,gaf,paper", "--corrupt-ranks", "0,3,6", "--label-noise", 0.4], 8),
+        (["--compare", "average,gaf,consensus,paper", "--corrupt-ranks", "0,3,6", "--label-noise", 0.4], 8),
         (["--method", "gaf", "--corrupt-ranks", "3,17"], 64),
     ],
 )
@@ -127,10 +128,10 @@ def test_report_leaves_every_file_and_shows_the_table(tmp_path: Path, capsys: py
         report.end()
     report.finish(records)
     lines = (plan.out / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [*range(20, 401, 20)] * 2
+    assert [json.loads(line)["step"] for line in lines] == [*range(20, 401, 20)] * 3
     assert json.loads((plan.out / "settings.json").read_text())["corrupt_ranks"] == [1]
     assert (plan.out / "agreement.png").stat().st_size > 10_000
-    assert len(list(plan.out.glob("tensorboard/*/events.*"))) == 2
+    assert len(list(plan.out.glob("tensorboard/*/events.*"))) == 3
     shown = capsys.readouterr()
     assert (plan.out / "table.txt").read_text() in shown.out
     assert "GAF, seed 0: step 400/400, accuracy 95.0 %" in shown.err

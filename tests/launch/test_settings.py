@@ -14,8 +14,8 @@ from tests.launch.jobs import make_plan
 def test_the_demonstration_needs_no_arguments() -> None:
     settings = parse([])
     assert settings.data == "digits"
-    assert settings.methods == ("average", "gaf")
-    assert (settings.tau, settings.scope, settings.batch_size, settings.lr) == (0.9, "model", 20, 0.05)
+    assert settings.methods == ("average", "gaf", "consensus")
+    assert (settings.tau, settings.scope, settings.batch_size, settings.lr) == (0.9, None, 20, 0.05)
     assert not settings.download
     demonstration = make_plan()
     assert (demonstration.model, demonstration.steps, demonstration.corrupt_ranks) == ("mlp", 400, (1,))
@@ -32,8 +32,14 @@ def test_the_demonstration_needs_no_arguments() -> None:
         ("--lr inf", "--lr: must be a number at least 0, found 'inf'"),
         ("--label-noise 1.1", r"--label-noise: must be a number in \[0, 1\], found '1.1'"),
         ("--corrupt-ranks one", "--corrupt-ranks: must be ranks as in 0,3, or none; found 'one'"),
-        ("--compare gaf,gaf", "--compare: must be different methods out of average,gaf,paper; found 'gaf,gaf'"),
-        ("--compare mean", "--compare: must be different methods out of average,gaf,paper; found 'mean'"),
+        (
+            "--compare gaf,gaf",
+            "--compare: must be different methods out of average,gaf,consensus,paper; found 'gaf,gaf'",
+        ),
+        (
+            "--compare mean",
+            "--compare: must be different methods out of average,gaf,consensus,paper; found 'mean'",
+        ),
         ("--data mnist", "--data: invalid choice: 'mnist'"),
         ("--vote-momentum 1", r"--vote-momentum: must be a number in \[0, 0.999\], found '1'"),
         ("--max-norm-ratio 0.5", "--max-norm-ratio: must be a number at least 1, found '0.5'"),
@@ -80,7 +86,9 @@ def test_runs_pair_the_methods_of_each_seed() -> None:
     assert plan.runs == [(5, "average"), (5, "paper"), (6, "average"), (6, "paper")]
 
 
-@pytest.mark.parametrize(("method", "methods"), [("--method gaf", ("gaf",)), ("--compare", ("average", "gaf"))])
+@pytest.mark.parametrize(
+    ("method", "methods"), [("--method gaf", ("gaf",)), ("--compare", ("average", "gaf", "consensus"))]
+)
 def test_one_method_or_several(method: str, methods: tuple[str, ...]) -> None:
     assert parse(method.split()).methods == methods
 
