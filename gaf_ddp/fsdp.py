@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gaf_ddp.agreement import Agreement
 from gaf_ddp.connect import shared
 from gaf_ddp.exchange import Exchange, GatherExchange, ShardedExchange
-from gaf_ddp.fsdp_units import Unit, units_of
+from gaf_ddp.fsdp_units import Unit, current_backward, units_of
 from gaf_ddp.gramian import Rows, combine
 from gaf_ddp.hosts import ByHosts, hosts_of
 from gaf_ddp.lanes import at_end_of_backward, named
@@ -40,25 +40,26 @@ def filter_fsdp(model: nn.Module, state: GAFState) -> GAFState:
     `set_requires_gradient_sync(False)` are none, and what they left is judged as one gradient with the next.
 
     Sends, per rank and unit of N elements: with sketches `(W − 1) k` float32 numbers beside torch's own
-    reduce-scatter; exact slices a reduce-scatter's bytes, `(W − 1)/W N` elements, in its place; gather
-    `(W − 1) N` elements more. All all-reduce at most `W (W + 1)` float64 numbers. Works where torch
-    reduce-scatters, on its stream on accelerators, and waits for nothing there but to compare the ranks' settings
-    at the first unit. Holds `W k` numbers, slices of N elements, or `W N`.
+    reduce-scatter; exact slices a reduce-scatter's bytes, `(W − 1)/W N` elements, in its place (with several ranks
+    per host more of them leave a host); gather `(W − 1) N` elements more. All of them all-reduce at most
+    `W (W + 1)` float64 numbers. Works where torch reduce-scatters, on accelerators on its stream, and waits there
+    for nothing but to compare the ranks' settings at the first unit. Holds `W k` numbers, N elements, or `W N`.
 
     Args:
-        model: after all calls of fully_shard. Other filters of its reduce-scatters are wrapped.
-        state: of this model alone. The default rule judges each unit by the whole gradient as known then; tau and
-            weightings by the unit's. `decisions` has each unit's sharded parameters. Its `process_group` is needed
-            with replicas where these are not all ranks.
+        model: after all calls of fully_shard; a custom reduce-scatter that a unit has stays its own.
+        state: of this model alone. Its scope is "running", each unit by the whole gradient as known then, or
+            "bucket", each by its own. `decisions` has each unit's sharded parameters. `process_group` is needed
+            only with replicas, where they are not all of the job's ranks.
 
     Returns:
         The state.
 
     Raises:
         TypeError: state is no GAFState, or model is not of fully_shard.
-        ValueError: scope is "model": it would hold an unsharded gradient. wire_dtype is set, `reduce_dtype` is
-            that here. The process group has other ranks than the model. Replicas are to be judged by slices.
-            Units have unlike ranks. At the first unit: the ranks' settings differ.
+        ValueError: scope is "model", which would hold the gradient unsharded; wire_dtype is set, `reduce_dtype` is
+            that here; state filters another model; the process group has other ranks than the model; replicas are
+            to be judged by slices; units have unlike ranks or tensor parallel parameters. In backward: the ranks'
+            settings differ.
         RuntimeError: this torch's fully_shard is unknown. In backward: gradients are reduced outside of it, or
             inside of another, as checkpoints with `use_reentrant=True` do.
     """
@@ -89,7 +90,7 @@ class _Way:
     def __init__(self, state: GAFState, units: list[Unit]) -> None:
         self.state, self.judge, self._units = state, state._judge, units
         self.group = _voters(state, units[0])
-        size, rank = self.group.size(), self.group.rank()
+        self.size, rank = self.group.size(), self.group.rank()
         self.own = slice(rank, rank + 1)
         self.by_slices = state.exchange in ("auto", "sharded")
         rule = "exchange must be 'sketch' or 'gather' where fully_shard has replicas"
@@ -99,16 +100,15 @@ class _Way:
             if state.exchange == "sketch"
             else (ShardedExchange if self.by_slices else GatherExchange)(self.group)
         )
-        self.size = size
         self._fingerprints: Fingerprints | None = None
         self._decided: list[tuple[Decision, Tensor]] = []  # in this step, with the numbers of the ranks' settings
+        self._backward = -1  # the one that the step is
         self._stream: Any = None  # torch's own for reduce-scatters
 
     def judge_unit(self, unit: Unit, gradient: Tensor) -> tuple[Rows, Agreement]:
         """Return rows and the decision on one unit's gradient `(N,)`."""
         state, device = self.state, gradient.device
-        if not at_end_of_backward(self._end):
-            raise RuntimeError("gaf_ddp: gradients must be reduced in backward, found one that is reduced outside")
+        self._begin(current_backward())
         with named(f"step {state.step}, unit {unit.name or 'root'}"):
             self._stream = torch.get_device_module(device).current_stream()
             weighting = state._weighting_now()
@@ -132,10 +132,16 @@ class _Way:
         self._fingerprints = Fingerprints(self.group, device)
         return self._fingerprints
 
+    def _begin(self, backward: int) -> None:
+        """Begin a step with the first unit of a backward."""
+        if backward == self._backward != -1:
+            return
+        if not at_end_of_backward(self._end):
+            raise RuntimeError("gaf_ddp: gradients must be reduced in backward, found one that is reduced outside")
+        self._backward, self._decided = backward, []  # a backward that broke off may have left some behind
+
     def _end(self, waited: bool = False) -> None:
         """End the step with backward, where torch's own callbacks have had the units that are left."""
-        if not self._decided:
-            return
         if any(unit.in_backward for unit in self._units):
             if waited:
                 rule = "gradients must be reduced in one backward, found one inside of another"

@@ -3,7 +3,7 @@
 From torch 2.11 to 2.15: `FSDPModule._get_fsdp_state`; of a state `_fsdp_param_groups`, in 2.11 one
 `_fsdp_param_group`, and `_state_ctx.post_backward_final_callback_queued`; of a group `fsdp_params` with their
 `sharded_param`, `mesh_info` with `mesh`, `shard_mesh_dim` and `replicate_mesh_dim`, `_reduce_scatter_comm`,
-`_reduce_scatter_process_group` and `_all_reduce_hook`.
+`_reduce_scatter_process_group` and `_all_reduce_hook`; and `torch._C._current_graph_task_id`.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,6 +40,13 @@ class Unit:
             info.mesh.mesh.flatten().tolist() if self.is_replicated else dist.get_process_group_ranks(self.shards)
         )
         self.ranks: list[int] = sorted(ranks)
+        for parameter in self.parameters:
+            parts: int = parameter.device_mesh.size()  # type: ignore[attr-defined]
+            if parts != len(ranks):  # replicas of a part would be judged apart, and drift
+                rule = "parameters must be sharded by fully_shard alone, not by tensor parallelism too"
+                raise ValueError(
+                    f"{rule}, found {parts} ranks of which {len(ranks)} are fully_shard's {_of(name)}"
+                )
         self.reduce_scatter: Any = group._reduce_scatter_comm
 
     @property
@@ -111,6 +118,13 @@ def units_of(model: nn.Module) -> list[Unit]:
             found = f"{units[0].ranks} {_of(units[0].name)} and {unit.ranks} {_of(unit.name)}"
             raise ValueError(f"all units must be on the same ranks, found {found}")
     return units
+
+
+def current_backward() -> int:
+    """Return which backward this is, a number that no other has; -1 outside of one."""
+    with guarded():
+        number: int = torch._C._current_graph_task_id()
+        return number
 
 
 @contextmanager
