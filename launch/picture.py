@@ -33,7 +33,7 @@ def _figure(records: Sequence[Record], plan: Plan) -> Figure:
     outcome = results(records)
     filters = [method for method in outcome if method != "average"]
     spacing = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, wspace=0.05)
-    figure = Figure(figsize=(7.2 + 3.6 * len(filters), 4.7), layout=spacing, facecolor="white")
+    figure = Figure(figsize=(6.2 + 2.7 * len(filters), 4.7), layout=spacing, facecolor="white")
     axes = figure.subplots(1, 1 + len(filters), squeeze=False, width_ratios=[1.7, *[1] * len(filters)])[0]
     figure.suptitle(_headline(plan), x=0.012, ha="left", fontsize=15, fontweight="bold")
     figure.supxlabel(_caption(plan), x=0.012, ha="left", fontsize=9.5, color="#555555")
@@ -54,7 +54,7 @@ def _headline(plan: Plan) -> str:
 def _caption(plan: Plan) -> str:
     job = f"{plan.data}, {plan.model}, {plan.batch_size} examples per rank and step, tau {plan.tau:g}"
     seeds = f"mean of {plan.seeds} seeds, band: ± 1 standard deviation; " if plan.seeds > 1 else ""
-    return f"{job}; {seeds}number at a line's end: mean of the last 3 evaluations"
+    return f"{job};\n{seeds}number at a line's end: mean of the last 3 evaluations"
 
 
 def _draw_accuracy(axis: Axes, records: Sequence[Record], plan: Plan) -> None:
@@ -124,7 +124,7 @@ def _draw_kept(axis: Axes, runs: Sequence[Result], plan: Plan) -> None:
     _bar(axis, below, skipped, "#aaaaaa", "no agreement,\nstep left out" if two_lines else "step left out", False)
     axis.set_xlim(0, 118)
     axis.set_ylim(below + 0.5 * stride, -0.6)
-    axis.set_title(f"How often {NAMES[method]}\nkept each rank's gradient", loc="left")
+    axis.set_title(f"How often {NAMES[method]}\nkept each rank", loc="left")
     axis.set_axis_off()
     axis.plot([0, 0], [-0.5, below + 0.45 * stride], color="black", linewidth=0.8)
 
