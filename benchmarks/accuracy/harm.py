@@ -13,8 +13,8 @@ from benchmarks.accuracy.tables import markdown
 ABOUT = """# Where no rank is bad: does the consensus rule do harm?
 
 Final accuracy on clean test data in %: mean over seeds of averaging; what consensus (`GAFState()`) gains over it,
-seed by seed from the same draws, with the standard error of that mean; the share of the steps at which a rank was
-kept, over all ranks, and of the rank kept least. Every declared cell without a bad rank in which both were run, and
+seed by seed from the same draws, with the standard error of that mean; the share of steps at which a rank was
+kept, over all ranks, and of the rank kept least. Every declared cell without a bad rank with runs of both, and
 those where all ranks' labels are wrong alike; made from [accuracy_runs.jsonl](accuracy_runs.jsonl).
 """
 
