@@ -35,6 +35,7 @@ def hooks() -> dict[str, Hook]:
         "powersgd": Hook(_power_sgd, one_bucket=gloo, note="rank 1" + ", one bucket" * gloo),
     }
     named["gaf"] = _gaf(note="GAFState(): over sketches")
+    named["gaf-watch"] = _gaf(note="judges, averages everyone", watch=True)
     named["gaf-bf16"] = _gaf(wire_dtype=torch.bfloat16)
     for scope in ("bucket", "model"):
         for exchange in ("sharded", "gather"):

@@ -16,6 +16,7 @@ WARM_UP, STEPS = 2, 2  # connections are made, and DDP makes its buckets anew, i
 SIZES = [262_144] * 10  # 10 MB
 SETTINGS: dict[str, dict[str, Any] | None] = {
     "all-reduce": None,
+    "sketch": {},
     "bucket": {"tau": 1.0},
     "model": {"tau": 1.0, "scope": "model"},
     "bucket bfloat16": {"tau": 1.0, "wire_dtype": torch.bfloat16},
@@ -49,7 +50,7 @@ def leaving(hosts: int, ranks: int) -> float:
 
 @pytest.fixture(scope="module", params=[(4, 1), (2, 2)], ids=["4 hosts", "2 hosts of 2 ranks"])
 def sent(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    """Return what all hosts sent, by setting, in units of the plain all-reduce's, and of `leaving`."""
+    """Return what all hosts sent, by setting, relative to an all-reduce; of exact exchanges, to `leaving`."""
     count, ranks = request.param
     reason = why_no_hosts()
     if reason is not None:
@@ -62,7 +63,12 @@ def sent(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     # What a ring must send at least; its acknowledgements and headers come on top.
     world = count * ranks
     assert total["all-reduce"] >= STEPS * count * 2 * (world - 1) / world * sum(SIZES) * 4
-    return {name: all_ / total["all-reduce"] / leaving(count, ranks) for name, all_ in total.items()}
+    expected = {name: 1.0 if name in ("all-reduce", "sketch") else leaving(count, ranks) for name in SETTINGS}
+    return {name: all_ / total["all-reduce"] / expected[name] for name, all_ in total.items()}
+
+
+def test_sketches_leave_the_gradients_to_the_all_reduce(sent: dict[str, float]) -> None:
+    assert 1 < sent["sketch"] <= 1.02
 
 
 @pytest.mark.parametrize("scope", ["bucket", "model"])
