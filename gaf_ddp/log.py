@@ -1,0 +1,161 @@
+"""AgreementLog: what a GAFState saw, every k-th step, in a file, in TensorBoard, and in whatever takes a dict."""
+
+import math
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from gaf_ddp.agreement import Agreement
+from gaf_ddp.log_targets import FORMAT, KEY, writing
+from gaf_ddp.meter import AgreementMeter
+from gaf_ddp.settings import require
+from gaf_ddp.state import GAFState
+
+SHARES = ("kept", "nonfinite", "overlong", "zero")  # of a record's decisions
+_OF_REPORT = ("host", "first_out", "out_since", "longest_out")  # what GAFState.report() alone knows
+
+
+class AgreementLog:
+    """Write statistics of a state, each record over the steps since the last one.
+
+        log = AgreementLog(state, "agreement.jsonl", SummaryWriter(), wandb.log, every=100)
+        for inputs, targets in loader:
+            ...
+            optimizer.step()
+            log.step()
+
+    The log counts for itself: it resets nothing that `state.summary()` reads, and no `summary()` resets it. A
+    restarted job appends; a record takes the place of earlier ones of its step or later (`gaf_ddp.report`).
+
+    Args:
+        state: the hook's state.
+        targets: each the path of a file of JSON lines, an object with `add_scalar` and `add_image` as a
+            SummaryWriter of TensorBoard has, or a callable that takes a dict of floats, as `wandb.log` does. Names
+            are those of `state.summary()`, and `gaf/step`, `gaf/distance_rank_00` (z), `gaf/trend_rank_00` (change
+            of z per 100 steps) …
+        every: steps between records.
+        cosine_every: steps between records with the ranks' cosines `(W, W)`, a picture in TensorBoard.
+        rank: the one that writes, in the state's group; None: each that calls `step`.
+
+    Cost: no host sync save for records, three there. Memory: as `AgreementMeter`.
+
+    Raises:
+        TypeError: state is no GAFState, or a target is nothing of these.
+        ValueError: every or cosine_every is no integer >= 1, rank is no integer >= 0, a file's folder is missing,
+            or the file is something else than a log.
+    """
+
+    def __init__(
+        self,
+        state: GAFState,
+        *targets: Any,
+        every: int = 100,
+        cosine_every: int = 1000,
+        rank: int | None = 0,
+    ) -> None:
+        if not isinstance(state, GAFState):
+            raise TypeError(f"state must be a GAFState, found {type(state).__name__}")
+        for name, steps in (("every", every), ("cosine_every", cosine_every)):
+            require(type(steps) is int and steps >= 1, f"{name} must be an integer >= 1", steps)
+        require(rank is None or (type(rank) is int and rank >= 0), "rank must be an integer >= 0 or None", rank)
+        self.state, self.every, self.cosine_every, self.rank = state, every, cosine_every, rank
+        self._writers = [writing(target) for target in targets]
+        self._meter = AgreementMeter()
+        self._same = torch.zeros(0)  # numbers (W,) of settings, which the state's own meter compares
+        self._seen: int | None = None  # the last step that was counted
+        self._written = 0
+        self._cosine_written: int | None = None
+        self._distances: tuple[int, list[float | None]] = (0, [])  # the last record's
+
+    def step(self) -> None:
+        """Count the state's last step, and write a record if one is due; call it after each step."""
+        step = self.state.step
+        if step == self._seen or not self._writes():
+            return
+        if self._seen is None:  # a checkpoint may have been loaded since the log was made
+            self._written = step - 1
+        self._seen = step
+        self._count()
+        if step // self.every != self._written // self.every:
+            self._written = step
+            record = self._record(step)
+            for write in self._writers if record else ():
+                write(record)
+
+    def _writes(self) -> bool:
+        if self.rank is None or not dist.is_initialized():
+            return True
+        return dist.get_rank(self.state.process_group) == self.rank
+
+    def _count(self) -> None:
+        """Add the last step's decisions to the log's own meter; never waits for the device."""
+        agreements = [decision.agreement for decision in self.state.decisions]
+        if not agreements:
+            return
+        kept = agreements[0].kept
+        if self._same.shape != kept.shape or self._same.device != kept.device:
+            self._same = torch.zeros_like(kept, dtype=torch.float64)
+        self._meter.record([(agreement, self._same) for agreement in agreements])
+
+    def _record(self, step: int) -> dict[str, Any] | None:
+        """Return what the steps since the last record say, as JSON can hold it; None if they decided nothing."""
+        sums, agreement = self._meter.state_dict(), self.state.agreement
+        if not sums["decisions"] or agreement is None:
+            return None
+        summary = self._meter.summary()
+        self._meter.reset()
+        now = _read(agreement)
+        if self._cosine_written is None or step // self.cosine_every != self._cosine_written // self.cosine_every:
+            self._cosine_written = step
+        return {
+            KEY: FORMAT,
+            "time": round(time.time(), 3),
+            "step": step,
+            "decisions": int(sums["decisions"][0]),
+            "ratio": self.state._ratio,
+            **{name: _plain(value) for name, value in summary.items() if "rank" not in name},
+            "ranks": self._ranks(step, sums, now),
+            "cosine": now["cosine"] if self._cosine_written == step else None,
+        }
+
+    def _ranks(self, step: int, sums: dict[str, list[float]], now: dict[str, list[Any]]) -> list[dict[str, Any]]:
+        """Return of each rank: shares of the decisions in which it was what their names say, z now, and so on."""
+        (decisions,) = sums["decisions"]
+        columns = {name: [_plain(count / decisions) for count in sums[name]] for name in SHARES}
+        columns["flipped"] = now["flipped"]
+        columns["distance"], columns["trend"] = now["distance"], self._trends(step, now["distance"])
+        report = getattr(self.state, "report", None)
+        reported = report().as_dict()["ranks"] if report else [{}] * len(columns["kept"])
+        columns |= {name: [rank.get(name) for rank in reported] for name in _OF_REPORT}
+        return [
+            {"rank": rank, **dict(zip(columns, values, strict=True))}
+            for rank, values in enumerate(zip(*columns.values(), strict=True))
+        ]
+
+    def _trends(self, step: int, distances: list[float | None]) -> list[float | None]:
+        """Return each rank's change of z per 100 steps since the last record."""
+        (before_step, before), self._distances = self._distances, (step, distances)
+        if len(before) != len(distances):
+            return [None] * len(distances)
+        return [
+            None if old is None or new is None else _plain(100 * (new - old) / (step - before_step))
+            for old, new in zip(before, distances, strict=True)
+        ]
+
+
+def _read(agreement: Agreement) -> dict[str, list[Any]]:
+    """Return z, flipped and cosines, means over a step's buckets, as numbers or None, at one host sync."""
+    size = agreement.kept.shape[-1]
+    nothing = torch.full_like(agreement.kept, math.nan, dtype=torch.float64)
+    columns = [nothing if each is None else each for each in (agreement.distance, agreement.flipped)]
+    table = torch.cat([torch.stack([c.double() for c in columns], -2), agreement.cosine.double()], -2)
+    rows = table.reshape(-1, size + 2, size).nanmean(0).tolist()
+    distance, flipped, *cosine = [[_plain(value) for value in row] for row in rows]
+    return {"distance": distance, "flipped": flipped, "cosine": cosine}
+
+
+def _plain(value: float) -> float | None:
+    """Return the number to six digits, None for what is no number, which JSON cannot hold."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None

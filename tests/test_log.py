@@ -1,0 +1,255 @@
+"""AgreementLog: records over the steps between them, wherever they go, at no host sync in between."""
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gaf_ddp import GAFState, gaf_hook
+from gaf_ddp.agreement import Agreement, decide
+from gaf_ddp.consensus import ConsensusAgreement
+from gaf_ddp.log import AgreementLog
+from gaf_ddp.log_targets import picture
+from gaf_ddp.pipeline import Decision
+from tests.nets import batches, ddp, mlp
+from tests.syncs import HostSyncs
+
+FINE = torch.eye(3) + 0.2
+SPOILT = torch.tensor([[1.2, 0.2, math.nan], [0.2, 1.2, math.nan], [math.nan, math.nan, math.nan]])
+
+
+def decided(gramian: Tensor) -> Agreement:
+    return decide(gramian, ConsensusAgreement(), 10.0)
+
+
+def take(state: GAFState, *gramians: Tensor) -> None:
+    """End a step of the state with a decision for each Gramian."""
+    state._end_step([(Decision(decided(gramian), []), torch.zeros(len(gramian))) for gramian in gramians])
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class Writer:
+    """What AgreementLog asks of a SummaryWriter."""
+
+    def __init__(self) -> None:
+        self.scalars: dict[str, list[tuple[float, int]]] = {}
+        self.images: list[tuple[str, Tensor, int]] = []
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.scalars.setdefault(name, []).append((value, step))
+
+    def add_image(self, name: str, image: Tensor, step: int) -> None:
+        self.images.append((name, image, step))
+
+
+class TestRecords:
+    def test_cover_the_steps_between_them_whatever_the_user_reads(self, tmp_path: Path) -> None:
+        state, path, writer, dicts = GAFState(), tmp_path / "log.jsonl", Writer(), list[dict[str, float]]()
+        log = AgreementLog(state, path, writer, dicts.append, every=10, cosine_every=20)
+        for step in range(1, 41):
+            take(state, SPOILT if step > 20 and step % 2 else FINE)
+            log.step()
+            log.step()  # as where gradients are accumulated: nothing new
+            if step % 7 == 0:
+                state.summary()
+        kept = [[rank["kept"] for rank in record["ranks"]] for record in records(path)]
+        assert kept == [[1, 1, 1], [1, 1, 1], [1, 1, 0.5], [1, 1, 0.5]]
+        assert [record["ranks"][2]["nonfinite"] for record in records(path)] == [0, 0, 0.5, 0.5]
+        assert [record["step"] for record in records(path)] == [10, 20, 30, 40]
+        assert [record["decisions"] for record in records(path)] == [10] * 4
+        assert [record["cosine"] is not None for record in records(path)] == [True, True, False, True]
+        assert writer.scalars["gaf/kept_rank_02"] == [(1, 10), (1, 20), (0.5, 30), (0.5, 40)]
+        assert [step for _, _, step in writer.images] == [10, 20, 40]
+        assert [found["gaf/step"] for found in dicts] == [10, 20, 30, 40]
+        assert all(math.isfinite(value) for found in dicts for value in found.values())
+
+    def test_leave_the_state_s_own_statistics_alone(self, tmp_path: Path) -> None:
+        with_log, without = GAFState(), GAFState()
+        log = AgreementLog(with_log, tmp_path / "log.jsonl", every=1)
+        for step in range(9):
+            for state in (with_log, without):
+                take(state, SPOILT if step % 3 else FINE)
+            log.step()
+        assert with_log.summary() == without.summary()
+
+    def test_average_over_a_step_s_buckets_and_tell_what_no_number_is_by_null(self, tmp_path: Path) -> None:
+        state, path = GAFState(tau=0.9), tmp_path / "log.jsonl"
+        log = AgreementLog(state, path, every=1)
+        take(state, FINE, SPOILT)
+        log.step()
+        (record,) = records(path)
+        assert record["decisions"] == 2
+        assert [rank["kept"] for rank in record["ranks"]] == [1, 1, 0.5]
+        assert {rank["distance"] for rank in record["ranks"]} == {None}
+        assert record["ratio"] is None
+        assert record["cosine"][0][1] == pytest.approx(0.2 / 1.2, rel=1e-5)
+        assert record["cosine"][0][2] == pytest.approx(
+            0.2 / 1.2 / 2, rel=1e-5
+        )  # 0 in the bucket it is absent from
+
+    @pytest.mark.parametrize("begun", [0, 1, 99, 100, 350])
+    def test_come_at_multiples_also_after_a_restart(self, begun: int, tmp_path: Path) -> None:
+        state, path = GAFState(), tmp_path / "log.jsonl"
+        log = AgreementLog(state, path, every=100)
+        state.step = begun  # as load_state_dict does, perhaps after the log was made
+        for _ in range(230):
+            take(state, FINE)
+            log.step()
+        assert [record["step"] for record in records(path)] == [
+            step for step in range(100, 600, 100) if begun < step <= begun + 230
+        ]
+
+    def test_are_none_where_nothing_was_decided(self, tmp_path: Path) -> None:
+        state, path = GAFState(), tmp_path / "log.jsonl"
+        log = AgreementLog(state, path, every=1)
+        log.step()
+        state._end_step([])
+        log.step()
+        assert not path.exists()
+
+
+def test_waits_for_the_device_in_records_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gaf_ddp.device._HOST", "no device", raising=False)
+    state = GAFState()
+    log = AgreementLog(state, lambda found: None, every=100)
+    seen = []
+    for _ in range(200):
+        take(state, FINE)
+        with HostSyncs() as syncs:
+            log.step()
+        seen.append(len(syncs.calls))
+    assert [step for step, calls in enumerate(seen, 1) if calls] == [100, 200]
+    assert max(seen) <= 6
+
+
+class TestFile:
+    def write(self, path: Path, steps: int = 3, begun: int = 0) -> None:
+        state = GAFState()
+        log = AgreementLog(state, path, every=1)
+        state.step = begun
+        for _ in range(steps):
+            take(state, FINE)
+            log.step()
+
+    def test_is_appended_to_and_an_incomplete_line_makes_room(self, tmp_path: Path) -> None:
+        path = tmp_path / "log.jsonl"
+        self.write(path)
+        whole = path.read_bytes()
+        for cut in (1, 20, len(whole.splitlines()[-1])):
+            path.write_bytes(whole[:-cut])
+            self.write(path, steps=1, begun=2)
+            assert [record["step"] for record in records(path)] == [1, 2, 3]
+
+    @pytest.mark.parametrize("content", [b"something else", b"\x89PNG", b'{"loss": 1}\n'])
+    def test_of_something_else_is_refused_and_not_touched(self, content: bytes, tmp_path: Path) -> None:
+        path = tmp_path / "notes.txt"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"notes\.txt must be a log to append to, found"):
+            AgreementLog(GAFState(), path)
+        assert path.read_bytes() == content
+
+    def test_that_cannot_be_written_costs_its_lines_and_not_the_training(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        state, path = GAFState(), folder / "log.jsonl"
+        log = AgreementLog(state, path, every=1)
+        folder.rmdir()
+        with caplog.at_level(logging.WARNING):
+            take(state, FINE)
+            log.step()
+        assert "step 1 is missing in the log" in caplog.text
+        folder.mkdir()
+        take(state, FINE)
+        log.step()
+        assert [record["step"] for record in records(path)] == [2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((None,), {}, "state must be a GAFState, found NoneType"),
+        ((GAFState(), 7), {}, "a target must be a path, a SummaryWriter or a callable, found int"),
+        ((GAFState(),), {"every": 0}, "every must be an integer >= 1, found 0"),
+        ((GAFState(),), {"cosine_every": 2.0}, "cosine_every must be an integer >= 1, found 2.0"),
+        ((GAFState(),), {"rank": -1}, "rank must be an integer >= 0 or None, found -1"),
+        ((GAFState(), "/no/such/folder/log"), {}, "a log must be a file in an existing folder, found '/no"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: tuple[Any, ...], options: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        AgreementLog(*arguments, **options)
+
+
+def test_picture_is_blue_where_ranks_agree_and_orange_where_they_are_opposed() -> None:
+    image = picture([[1.0, -1.0], [None, 0.5]])
+    assert image.shape[0] == 3
+    assert image.min() >= 0
+    assert image.max() <= 1
+    height, width = (size // 2 for size in image.shape[1:])
+    agree, opposed, unknown, half = (
+        image[:, row * height, column * width] for row in range(2) for column in range(2)
+    )
+    assert agree[2] > agree[0]
+    assert opposed[0] > opposed[2]
+    assert unknown.tolist() == [1, 1, 1]
+    torch.testing.assert_close(half, (agree + 1) / 2)
+
+
+def test_reaches_tensorboard(tmp_path: Path) -> None:
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    state = GAFState()
+    with tensorboard.SummaryWriter(str(tmp_path)) as writer:
+        log = AgreementLog(state, writer, every=2)
+        for _ in range(4):
+            take(state, FINE)
+            log.step()
+    events = loader.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("gaf/kept_rank_02")] == [(2, 1), (4, 1)]
+    (image,) = events.Images("gaf/cosine")
+    assert image.width == image.height == 72
+
+
+def train(device: torch.device, folder: Path) -> dict[str, Any]:
+    """Train with one rank's labels wrong; return what this rank's logs wrote, and what its state says."""
+    import torch.distributed as dist
+
+    rank = dist.get_rank()
+    model, state = ddp(mlp(), device), GAFState()
+    model.register_comm_hook(state, gaf_hook)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    first = AgreementLog(state, folder / f"first-{rank}.jsonl", every=10)
+    every = AgreementLog(state, folder / f"every-{rank}.jsonl", every=10, rank=None)
+    for step, (inputs, _) in enumerate(batches(0, 40)):  # the same on all, but for a gradient that is far too long
+        optimizer.zero_grad()
+        loss = (model(inputs.to(device)) - 1).square().mean()
+        (loss * (1000 if rank == 2 and step >= 20 else 1 + 0.1 * rank)).backward()
+        optimizer.step()
+        first.step()
+        every.step()
+    return {"summary": state.summary(), "agreement": state.agreement}
+
+
+def test_on_ranks(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    found = ranks(3, train, tmp_path)
+    assert [(tmp_path / f"first-{rank}.jsonl").exists() for rank in range(3)] == [True, False, False]
+    logs = [records(tmp_path / f"every-{rank}.jsonl") for rank in range(3)]
+    for log in (records(tmp_path / "first-0.jsonl"), *logs):
+        assert [record["ranks"] for record in log] == [record["ranks"] for record in logs[0]]
+    assert [[rank["kept"] for rank in record["ranks"]] for record in logs[0]] == [[1, 1, 1]] * 2 + [[1, 1, 0]] * 2
+    assert [record["ranks"][2]["overlong"] for record in logs[0]] == [0, 0, 1, 1]
+    distances = [rank["distance"] for rank in logs[0][-1]["ranks"]]
+    assert distances == pytest.approx(found[0]["agreement"].distance.nanmean(0).tolist(), rel=1e-4)
+    assert found[0]["summary"]["gaf/kept_rank_02"] == 0.5
