@@ -16,9 +16,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.optim import SGD, AdamW
 from torch.utils.checkpoint import checkpoint
 
-from gaf_ddp import GAFState, Mean, NeighborhoodAgreement, filter_fsdp, skip_on_disagreement
+from gaf_ddp import ConsensusAgreement, GAFState, Mean, NeighborhoodAgreement, filter_fsdp, skip_on_disagreement
+from gaf_ddp.judges import ByConsensus
 from tests.accelerator import take_accelerators_way
-from tests.fsdp_models import SIZES, Probes, count, gradients_of, network, parameters_of, probes, split
+from tests.fsdp_models import SIZES, Probes, count, gradients_of, network, parameters_of, probes, split, whole
 from tests.gradients import agreeing_gradients
 from tests.nets import ddp, mlp
 from tests.syncs import HostSyncs
@@ -230,6 +231,28 @@ def check_memory() -> None:
     assert torch.equal(gradients_of(models[0]), gradients_of(models[1]))
 
 
+def check_steps_are_remembered() -> None:
+    """Over steps the rule judges as its judge alone does, given everyone's gradients: a burst fades."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    alone = ByConsensus(3.0, "bucket")
+    model = probes()
+    state = filter_fsdp(model, GAFState(scope="bucket", exchange="gather"))
+    for step in range(4):
+        gradients = agreeing_gradients(size, count(), step)
+        gradients[-1] *= 9 if step == 0 else 1
+        model(gradients[rank]).backward()
+        expected = {}
+        for i, rows in enumerate(zip(*map(split, gradients), strict=True)):
+            measured = alone.measure(i, torch.stack(rows))
+            expected[len(rows[0])] = alone.decide([i], measured, ConsensusAgreement(), 10.0).distance
+        alone.finish()
+        for decision in state.decisions:
+            distance = expected[sum(whole(p).numel() for p in decision.parameters)]
+            assert decision.agreement.distance is not None
+            assert distance is not None
+            torch.testing.assert_close(decision.agreement.distance, distance, rtol=1e-4, atol=0)
+
+
 def check_hosts_vote() -> None:
     """Ranks of one host have one vote; here all are of one, so everyone counts."""
     model = network()
@@ -434,7 +457,7 @@ CHECKS: dict[int, list[Callable[[], None]]] = {
         check_hosts_vote,
         *OF_TWO,
     ],
-    3: [check_averages, check_bad_ranks, check_steps, check_memory],
+    3: [check_averages, check_bad_ranks, check_steps, check_memory, check_steps_are_remembered],
     4: [check_bad_ranks, check_replicas, check_tensor_parallel, check_part_of_the_world],
 }
 
