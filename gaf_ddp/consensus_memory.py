@@ -84,7 +84,19 @@ class ConsensusMemory:
         return {"cosines": None if self._cosines is None else self._cosines.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor | None]) -> None:
-        """Restore it; what belongs to another world size is dropped at the next decision."""
+        """Restore it; what belongs to another world size is dropped at the next decision.
+
+        Raises:
+            ValueError: state is not what `state_dict` returns; nothing is changed then.
+        """
+        cosines: object = state.get("cosines", "nothing")
+        if isinstance(cosines, Tensor):
+            square = cosines.dim() == 3 and len(cosines) == 2 and cosines.shape[1] == cosines.shape[2]
+            sound = square and cosines.dtype == torch.float64 and bool(cosines.isfinite().all())
+        else:
+            sound = cosines is None
+        if not sound:
+            raise ValueError(f"cosines must be None or finite numbers (2, W, W) in float64, found {cosines!r:.60}")
         self._cosines = state["cosines"]
 
 

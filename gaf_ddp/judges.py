@@ -182,8 +182,9 @@ class ByConsensus:
         try:
             found: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
             scope, momenta, memories = found["scope"], found["momenta"], found["memories"]
-            if memories:
-                memory.load_state_dict(memories[0])
+            _require_matrices(momenta)
+            for each in reversed(memories):  # the first one stays
+                memory.load_state_dict(each)
         except Exception as error:
             raise ValueError(f"memory must be what state_dict() returned, found {content!r:.60}") from error
         if scope == self._scope:
@@ -213,3 +214,12 @@ class _Remembered(Weighting):
     def __repr__(self) -> str:
         """Return the rule's name."""
         return f"ConsensusAgreement(ratio={self._memory.ratio}) with its memory"
+
+
+def _require_matrices(momenta: object) -> None:
+    """Raise ValueError unless these are momenta, by bucket."""
+    fine = isinstance(momenta, list) and all(
+        isinstance(m, Tensor) and m.dim() == 2 and m.dtype in (torch.float32, torch.float64) for m in momenta
+    )
+    if not fine:
+        raise ValueError(f"momenta must be matrices (W, k) in a list, found {momenta!r:.60}")

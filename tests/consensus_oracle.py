@@ -101,10 +101,12 @@ def judge(vectors: list[Tensor], voters: list[int]) -> Judgement:
     distance = {i: {j: (vectors[i] - vectors[j]).norm().item() for j in voters} for i in known}
     nearest = {i: sorted(distance[i][j] for j in voters if j != i)[: h - 1] or [0.0] for i in voters}
     best = min(nearest[i][-1] for i in voters)
-    candidates = [i for i in voters if nearest[i][-1] <= best * (1 + _MARGIN)]
+    assert all(_tied_or_clear(nearest[i][-1], best) for i in voters)
+    candidates = [i for i in voters if nearest[i][-1] == best]
     spread = {i: sum(d**2 for d in nearest[i]) for i in candidates}
     candidates = [i for i in candidates if spread[i] <= min(spread.values()) * (1 + _MARGIN)]
-    members = [[j for j in voters if distance[i][j] <= nearest[i][-1] * (1 + _MARGIN)] for i in candidates]
+    assert all(_tied_or_clear(distance[i][j], best) for i in candidates for j in voters)
+    members = [[j for j in voters if distance[i][j] <= best] for i in candidates]
     assert all(m == members[0] for m in members), "a tie that rounding would break: choose other gradients"
 
     def far(j: int) -> float:
@@ -131,3 +133,8 @@ def kept_by(vectors: list[Tensor], voters: list[int], ratio: float) -> list[int]
 def _clear(value: float, limit: float) -> bool:
     """Return whether it is clear on which side of the limit a value is; else choose other gradients."""
     return math.isnan(value) or abs(value - limit) > _MARGIN * abs(limit)
+
+
+def _tied_or_clear(value: float, limit: float) -> bool:
+    """Return whether a value is a limit, as distances of copies are, or clear of it."""
+    return value == limit or _clear(value, limit)

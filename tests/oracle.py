@@ -12,6 +12,7 @@ from torch import Tensor
 
 # Float32 gradients of the tests' sizes have cosines good to about 1e-6: nearer calls are the test's own mistake.
 _MARGIN = 1e-4
+_CANCELLED = 0.05  # of the longest: a sum so short has a direction that is mostly rounding
 
 
 class Outcome(NamedTuple):
@@ -75,6 +76,8 @@ def sequential(tau: float, running: str = "mean") -> Rule:
     def rule(vectors: list[Tensor]) -> Outcome:
         kept, v = [0], vectors[0]
         for i, g in enumerate(vectors[1:], start=1):
+            longest = max(vectors[j].norm() for j in kept)
+            assert v.norm() * len(kept) > _CANCELLED * longest, "what is kept cancels out: choose other gradients"
             if _close(v, g, tau):
                 v = (v + g) / 2 if running == "half" else (len(kept) * v + g) / (len(kept) + 1)
                 kept.append(i)

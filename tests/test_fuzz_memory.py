@@ -1,0 +1,169 @@
+"""Whatever comes step after step, and whatever a checkpoint holds: the consensus rule's memory, and a state's."""
+
+import copy
+import io
+from typing import Any
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gaf_ddp import GAFState
+from gaf_ddp.consensus import ConsensusAgreement
+from gaf_ddp.consensus_memory import MOMENTUM, ConsensusMemory, move
+from gaf_ddp.judges import ByConsensus
+from tests import oracle
+from tests.consensus_oracle import ConsensusOracle, Step
+from tests.fuzz import clear_of_the_guard, fuzzed, make, unless_rounding_decides
+from tests.properties import gramian_of
+from tests.test_state import filled
+
+LENGTH = 30
+PRESENT = ("plain",) * 12 + ("negated", "tenfold")  # copies tie, and a move of momenta rounds
+ABSENT = ("zeros", "nan", "inf")
+
+
+class History(list[Tensor]):
+    """Gradients by step, shown as what they were made from."""
+
+    recipe: object = None
+
+    def __repr__(self) -> str:
+        """Return the recipe."""
+        return f"History{self.recipe}"
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> History:
+    """Return some steps' gradients `(W, n)`: at any scale, and each rank may be absent, far or a copy in each."""
+    world_size, exponent = draw(st.integers(1, 20)), draw(st.integers(-30, 30))
+    common, seed = draw(st.sampled_from([0.3, 1.0, 10.0])), draw(st.integers(0, 2**16))
+    kinds = st.lists(st.sampled_from(PRESENT + ABSENT), min_size=world_size, max_size=world_size)
+    by_step = draw(st.lists(kinds, min_size=1, max_size=6))
+    steps = [make(k, LENGTH, torch.float64, exponent, common, seed + i) for i, k in enumerate(by_step)]
+    history = History(steps)
+    history.recipe = by_step, exponent, common, seed
+    return history
+
+
+def remember(history: list[Tensor], memory: ConsensusMemory) -> list[tuple[list[int], Tensor, Tensor]]:
+    """Return who was kept, z, and the momenta after each step."""
+    found, momenta = [], torch.zeros_like(history[0])
+    for rows in history:
+        momenta = MOMENTUM * momenta + rows
+        voters = torch.zeros(len(rows), dtype=torch.bool)
+        voters[oracle.present(list(rows), 10.0)] = True
+        judged = memory.decide(gramian_of(momenta), gramian_of(rows), voters)
+        momenta = move(momenta, judged.moves)
+        found.append((judged.weights.nonzero().flatten().tolist(), judged.z, momenta))
+    return found
+
+
+@fuzzed(60)
+@given(histories())
+def test_steps_are_those_of_explicit_vectors(history: list[Tensor]) -> None:
+    def expect() -> list[tuple[Step, Tensor]]:
+        assert all(clear_of_the_guard(rows, 10.0) for rows in history)
+        by_hand = ConsensusOracle(len(history[0]), LENGTH)
+        return [(by_hand.step(rows), by_hand.momenta - by_hand.mean) for rows in history]
+
+    expected = unless_rounding_decides(expect)
+    largest = max(rows[rows.isfinite()].abs().max().item() for rows in history if rows.isfinite().any())
+    found = remember(history, ConsensusMemory())
+    for (kept, z, momenta), (step, their_momenta) in zip(found, expected, strict=True):
+        assert kept == step.kept
+        torch.testing.assert_close(z, torch.tensor(step.z).double(), rtol=1e-5, atol=1e-4, equal_nan=True)
+        torch.testing.assert_close(momenta, their_momenta, rtol=1e-6, atol=1e-6 * largest)
+
+
+@fuzzed(30)
+@given(histories(), st.integers(0, 5))
+def test_a_memory_that_is_saved_in_between_goes_on(history: list[Tensor], when: int) -> None:
+    """The judge of the hook, its momenta and all, to the bit; in every scope."""
+    for scope in ("bucket", "model", "running"):
+        outcomes = []
+        for restarts in (False, True):
+            judge = ByConsensus(3.0, scope)
+            for step, rows in enumerate(history * 2):
+                agreement = judge.decide([0], judge.measure(0, rows.float()), ConsensusAgreement(), 10.0)
+                judge.finish()
+                if restarts and step == when:
+                    content = judge.dump(with_momenta=True)
+                    judge = ByConsensus(3.0, scope)
+                    judge.load(content)
+            outcomes.append(agreement.weights)
+        if scope != "bucket":  # a bucket's own cosines begin anew, as DDP may have laid out others
+            assert torch.equal(outcomes[0].nan_to_num(9), outcomes[1].nan_to_num(9))
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 2**40) | st.floats() | st.text(max_size=3) | st.binary(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+tensors = st.builds(
+    torch.full,
+    st.lists(st.integers(0, 3), max_size=4),
+    st.just(1),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.int64, torch.bool, torch.complex64]),
+)
+
+
+@fuzzed(150)
+@given(st.sampled_from(["version", "step", "meter", "memory", "meter.kept", "meter.cosine", "new"]), anything)
+def test_a_state_refuses_what_it_did_not_save_and_stays_as_it_was(where: str, value: Any) -> None:
+    state = filled()
+    before, found = state.state_dict(), copy.deepcopy(state.state_dict())
+    outer, _, inner = where.partition(".")
+    (found[outer] if inner else found)[inner or outer] = value
+    refuses(state, found, before)
+
+
+@fuzzed(60)
+@given(st.integers(0, 2**30), st.integers(0, 7), st.booleans())
+def test_a_state_lives_on_flipped_and_cut_bytes(place: int, bit: int, is_cut: bool) -> None:
+    state = GAFState()
+    before, found = state.state_dict(), trained(GAFState()).state_dict()
+    memory = bytearray(found["memory"])
+    place %= len(memory)
+    memory[place] ^= 1 << bit
+    found["memory"] = bytes(memory[:place] if is_cut else memory)
+    if not refuses(state, found, before):
+        trained(state)
+
+
+@fuzzed(150)
+@given(
+    st.sampled_from(["bucket", "model", "running"]) | anything,
+    st.lists(tensors | anything, max_size=3) | anything,
+    st.lists(st.dictionaries(st.just("cosines"), tensors | anything) | anything, max_size=2) | anything,
+)
+def test_a_state_lives_on_any_memory_that_it_takes(scope: Any, momenta: Any, memories: Any) -> None:
+    state, file = GAFState(), io.BytesIO()
+    torch.save({"scope": scope, "momenta": momenta, "memories": memories}, file)
+    before = state.state_dict()
+    if not refuses(state, {**before, "memory": file.getvalue()}, before):
+        trained(state)
+        state.state_dict()
+
+
+def refuses(state: GAFState, found: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Return whether the state raised ValueError, and is as it was then; nothing else may come."""
+    try:
+        state.load_state_dict(found)
+    except ValueError:
+        assert repr(state.state_dict()) == repr(before)
+        return True
+    return False
+
+
+def trained(state: GAFState) -> GAFState:
+    """Return the state after two steps of its judge over three ranks."""
+    judge = state._judge
+    for step in range(2):
+        rows = make(["plain"] * 3, 20, torch.float32, seed=step)
+        agreement = judge.decide([0], judge.measure(0, rows), ConsensusAgreement(), 10.0)
+        judge.finish()
+        assert agreement.weights.isfinite().all()
+    return state
