@@ -48,7 +48,7 @@ class Hosts:
 
     def __init__(self, count: int, rate: str | None = None) -> None:
         name = f"gaf-{os.getpid()}-{next(_numbers)}"
-        self._switch = f"{name}-switch"
+        self.switch = f"{name}-switch"
         self.names = [f"{name}-{i}" for i in range(count)]
         self._rate = rate
 
@@ -121,13 +121,13 @@ class Hosts:
         return [pickle.loads(_result(task, rank).read_bytes()) for rank in range(len(processes))]
 
     def _make(self) -> None:
-        _ip("netns", "add", self._switch)
-        _ip("-n", self._switch, "link", "add", "br0", "type", "bridge")
-        _ip("-n", self._switch, "link", "set", "br0", "up")
+        _ip("netns", "add", self.switch)
+        _ip("-n", self.switch, "link", "add", "br0", "type", "bridge")
+        _ip("-n", self.switch, "link", "set", "br0", "up")
         for i, name in enumerate(self.names):
             _ip("netns", "add", name)
-            _ip(*f"link add eth0 netns {name} type veth peer name port{i} netns {self._switch}".split())
-            _ip("-n", self._switch, "link", "set", f"port{i}", "master", "br0", "up")
+            _ip(*f"link add eth0 netns {name} type veth peer name port{i} netns {self.switch}".split())
+            _ip("-n", self.switch, "link", "set", f"port{i}", "master", "br0", "up")
             _ip("-n", name, "address", "add", f"10.0.0.{i + 1}/24", "dev", "eth0")
             _ip("-n", name, "link", "set", "eth0", "up")
             _ip("-n", name, "link", "set", "lo", "up")
@@ -136,7 +136,7 @@ class Hosts:
                 _run("tc", "-n", name, *shape.split())
 
     def _remove(self) -> None:
-        for name in [*self.names, self._switch]:
+        for name in [*self.names, self.switch]:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
