@@ -47,7 +47,7 @@ def table(outcomes: dict[tuple[str, str], Outcome], setups: list[str]) -> str:
         f"{WORLD_SIZE} ranks on gloo, group time-out {GROUP_TIMEOUT:.0f} s.",
         "Seconds from the fault to the last survivor's exception. In bold: a hang, survivors that are not equal",
         "to the bit after a step they both took, an exception more than",
-        f"{ALLOWED:.0f} s later than the time-out (on a slow link than two of them: a bucket may use its own after",
+        f"{ALLOWED:.0f} s later than the time-out (on a slow link than two: a bucket may use its own after",
         f"another), or training that should have gone on and did not. With the filter: {len(bad)} of {count}.",
         "",
         "| | " + " | ".join(setups) + " |",
@@ -56,14 +56,13 @@ def table(outcomes: dict[tuple[str, str], Outcome], setups: list[str]) -> str:
         "",
         "## What survivors were told",
         "",
-        "With plain DDP, where it met that, and with the first way that filters; then what the rank that broke was.",
+        "With plain DDP, where it met that, and with the first way that filters; then what the broken rank was.",
         "",
     ]
     for name in names:
         met = [outcomes[name, s] for s in setups if (name, s) in outcomes]
-        for found in [each for each in met if each.said or each.victim != "nothing"][
-            : 1 + (met[0].setup == PLAIN)
-        ]:
+        told = [each for each in met if each.said or each.victim != "nothing"]
+        for found in told[: 1 + (met[0].setup == PLAIN)]:
             said = list(dict.fromkeys(map(shortened, found.said)))[:2] or ["nothing"]
             lines.append(f"- {name}; {found.setup}: {'; '.join(said)} (it: {shortened(found.victim)})")
     return "\n".join(lines) + "\n"

@@ -1,0 +1,1 @@
+"""Twenty thousand steps of everything at once: replicas stay equal, memory, threads and descriptors flat."""
