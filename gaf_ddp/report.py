@@ -86,13 +86,20 @@ def absences(records: Sequence[Record]) -> list[Absence]:
         while True in out[begin:]:
             begin = out.index(True, begin)
             end = out.index(False, begin) if False in out[begin:] else len(out)
-            since = records[begin - 1]["step"] + 1 if begin else 1
-            until = records[end - 1]["step"] if end < len(out) else None
-            if until is None:
-                since = records[-1]["ranks"][rank].get("out_since") or since
+            since, until = edges(records)[begin] + 1, records[end - 1]["step"] if end < len(out) else None
+            exact = records[begin]["ranks"][rank].get("out_since")
+            if exact is not None and (begin == 0 or exact >= since - 1):
+                since = exact
             found.append(Absence(rank, since, until, _why(records[begin:end], rank)))
             begin = end
     return found
+
+
+def edges(records: Sequence[Record]) -> list[int]:
+    """Return the steps between which the records lie, one more than there are; the first is a guess."""
+    steps = [record["step"] for record in records]
+    first = steps[0] - (steps[1] - steps[0] if len(steps) > 1 else steps[0])
+    return [max(0, first), *steps]
 
 
 def _why(records: Sequence[Record], rank: int) -> str:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from gaf_ddp.report import absences, name
+from gaf_ddp.report import absences, edges, name
 
 Record = dict[str, Any]
 
@@ -45,7 +45,7 @@ def figure(records: Sequence[Record]) -> Figure:
     if distances:
         _draw_distances(axes[1], records, out)
     axes[-1].set_xlabel("training step")
-    axes[-1].set_xlim(_edges(records)[0], _edges(records)[-1])
+    axes[-1].set_xlim(edges(records)[0], edges(records)[-1])
     return drawn
 
 
@@ -60,21 +60,14 @@ def _headline(records: Sequence[Record], out: list[int]) -> str:
     return f"Rank {out[0]} of {count}{f', on {host},' if host else ''} is out since step {since}"
 
 
-def _edges(records: Sequence[Record]) -> list[int]:
-    """Return where the records' steps begin and end."""
-    steps = [record["step"] for record in records]
-    first = steps[0] - (steps[1] - steps[0] if len(steps) > 1 else steps[0])
-    return [max(0, first), *steps]
-
-
 def _draw_kept(axis: Axes, records: Sequence[Record], out: list[int]) -> None:
     """Draw a row per rank, coloured by how often it was kept."""
     size = len(records[-1]["ranks"])
     shares = [[100 * record["ranks"][rank]["kept"] for record in records] for rank in range(size)]
     borders = [rank - 0.5 for rank in range(size + 1)]
-    mesh = axis.pcolormesh(_edges(records), borders, shares, cmap=_KEPT, vmin=0, vmax=100)
+    mesh = axis.pcolormesh(edges(records), borders, shares, cmap=_KEPT, vmin=0, vmax=100)
     axis.hlines(
-        borders[1:-1], *_edges(records)[:: len(records)], color="white", linewidth=2 if size <= _ALL_NAMED else 0.5
+        borders[1:-1], *edges(records)[:: len(records)], color="white", linewidth=2 if size <= _ALL_NAMED else 0.5
     )
     axis.invert_yaxis()
     named = [rank for rank in range(size) if rank in out or rank % -(-size // _ALL_NAMED) == 0]
@@ -108,7 +101,7 @@ def _draw_distances(axis: Axes, records: Sequence[Record], out: list[int]) -> No
     if ratio:
         axis.axhline(ratio, color="black", linewidth=1, linestyle=(0, (4, 3)))
         note = {"textcoords": "offset points", "xytext": (4, 4), "fontsize": 9.5}
-        axis.annotate(f"left out above {ratio:g}", (_edges(records)[0], ratio), **note)
+        axis.annotate(f"left out above {ratio:g}", (edges(records)[0], ratio), **note)
     axis.set_yscale("log")
     low, high = axis.get_ylim()
     axis.set_ylim(min(low, 0.5), max(high, 10))

@@ -76,9 +76,17 @@ class TestSentences:
         (absence,) = absences([record(100, [0, 1, 1, 1], distance=[None] * 4, trend=[None] * 4, ratio=None)])
         assert absence.why == "it disagrees with those that are kept"
 
-    def test_take_the_exact_step_where_the_record_knows_it(self) -> None:
+    def test_take_the_exact_step_where_a_record_knows_it(self) -> None:
+        log = job()
+        log[3]["ranks"][1]["out_since"] = 342  # what later ones say may be the last time it was kept for a step
+        log[4]["ranks"][1]["out_since"] = 490
+        assert [absence.since for absence in absences(log) if absence.rank == 1] == [342]
         (absence,) = absences([record(100, [0, 1, 1, 1], out_since=[37, None, None, None])])
         assert absence.since == 37
+
+    def test_of_a_log_that_begins_late_do_not_say_that_all_began_at_step_1(self) -> None:
+        (absence,) = absences([record(step, [1, 0, 1, 1]) for step in (1100, 1200)])
+        assert absence.since == 1001
 
     def test_say_that_nobody_is_out_and_how_often_nothing_agreed(self) -> None:
         said = sentences(

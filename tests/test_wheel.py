@@ -54,7 +54,7 @@ def run(*command: object, folder: Path) -> str:
         env=environment(PYTHONPATH=""),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=170,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout
@@ -165,7 +165,7 @@ def test_readme_s_lines_run_on_the_wheel(installed: Path, tmp_path: Path) -> Non
         for rank in range(3)
     ]
     try:
-        shown = [rank.communicate(timeout=100)[0] for rank in ranks]
+        shown = [rank.communicate(timeout=170)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
