@@ -37,8 +37,8 @@ def _knows_the_rule(honest: Tensor, own: Tensor, memory: dict[str, Tensor], rand
     others = (count * mean - momenta) / (count - 1)
     far = (momenta - others).norm(dim=1) / (1 + 1 / (count - 1)) ** 0.5
     reach = CLOSE * far.sort().values[(count - 1) // 2] * (1 + 1 / count) ** 0.5
-    wanted = mean - reach * mean / mean.norm().clamp(min=1e-30)
-    sent = wanted - MOMENTUM * memory.get("own", torch.zeros_like(own))
+    wanted: Tensor = mean - reach * mean / mean.norm().clamp(min=1e-30)
+    sent: Tensor = wanted - MOMENTUM * memory.get("own", torch.zeros_like(own))
     memory["own"] = wanted
     return sent
 

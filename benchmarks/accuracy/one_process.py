@@ -49,8 +49,8 @@ class OneProcess:
         self.optimizer = build_optimizer(run, self.model)
         settings = settings_of(run, counts)
         self._judge = None if settings is None else Judged(settings)
-        clips = run.rule.name == "clipping" and run.rule.parameter is not None
-        self._average = peers.clipping(run.rule.parameter) if clips else lambda rows: rows.mean(0)
+        clips = run.rule.name == "clipping"
+        self._average = peers.clipping(run.rule.parameter or 1.0) if clips else lambda rows: rows.mean(0)
         self._fault_memory: dict[str, Tensor] = {}
         self._random = torch.Generator().manual_seed(run.seed)
 

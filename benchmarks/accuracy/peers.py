@@ -62,4 +62,5 @@ def clipping(radius: float) -> Callable[[Tensor], Tensor]:
 def _vectors(gramian: Tensor) -> Tensor:
     """Return vectors `(n, n)` with these inner products."""
     values, directions = torch.linalg.eigh(gramian.double())
-    return directions * values.clamp(min=0).sqrt()
+    vectors: Tensor = directions * values.clamp(min=0).sqrt()
+    return vectors

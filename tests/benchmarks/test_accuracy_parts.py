@@ -82,7 +82,8 @@ def test_faults_change_the_gradient(kind: str) -> None:
 
 def test_attackers_who_know_the_rule_stay_just_within_its_reach() -> None:
     random = torch.Generator().manual_seed(0)
-    momenta, memory = torch.zeros(8, 200), {}
+    momenta = torch.zeros(8, 200)
+    memory: dict[str, torch.Tensor] = {}
     for _ in range(300):
         honest = 0.1 + torch.randn(7, 200, generator=random)
         sent = FAULTS[INSIDER](honest, honest[0], memory, random)
