@@ -6,6 +6,7 @@ model.register_comm_hook(GAFState(), gaf_hook)
 """
 
 from gaf_ddp.agreement import Agreement
+from gaf_ddp.attach import attach
 from gaf_ddp.consensus import ConsensusAgreement
 from gaf_ddp.fsdp import filter_fsdp
 from gaf_ddp.gramian import combine, filter_gradients, gram
@@ -26,6 +27,7 @@ __all__ = [
     "NeighborhoodAgreement",
     "SequentialAgreement",
     "Weighting",
+    "attach",
     "combine",
     "filter_fsdp",
     "filter_gradients",

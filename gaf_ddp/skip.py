@@ -34,11 +34,7 @@ def skip_on_disagreement(optimizer: Optimizer, state: GAFState) -> Callable[[], 
     Raises:
         TypeError: optimizer or state is not what its name says.
     """
-    # Accelerate's wrapper, for one, is an Optimizer without an Optimizer's hooks, around one that has them.
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, found {type(optimizer).__name__}")
+    optimizer = unwrapped(optimizer)
     if not isinstance(state, GAFState):
         raise TypeError(f"state must be a GAFState, found {type(state).__name__}")
     veto = _Veto(state)
@@ -55,6 +51,21 @@ def skip_on_disagreement(optimizer: Optimizer, state: GAFState) -> Callable[[], 
             handles.pop().remove()
 
     return undo
+
+
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer inside of what Accelerate, Fabric and Lightning wrap around one.
+
+    Their wrappers are Optimizers without an Optimizer's hooks, around one that has them.
+
+    Raises:
+        TypeError: it is no optimizer.
+    """
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, found {type(optimizer).__name__}")
+    return optimizer
 
 
 class _Veto:

@@ -1,6 +1,7 @@
 """GAFState: the settings of the hook, where it is in training, and what it saw."""
 
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -121,6 +122,7 @@ class GAFState:
         self._meter = AgreementMeter()
         self._judge = self._new_judge()
         self._skips = 0  # optimizers whose steps are left out by what this state decides
+        self._awaits_hook = False  # attached, and no step since
         self._pipeline: Way | None = None
 
     @property
@@ -141,6 +143,9 @@ class GAFState:
         Raises:
             ValueError: ranks decided by unlike settings, or a weighting returned what is no weight.
         """
+        if self._awaits_hook:
+            warnings.warn("gaf_ddp: attached, but no gradient came: is the wrapped model called?", stacklevel=2)
+            self._awaits_hook = False
         summary = self._meter.summary()
         speaks = self._pipeline is None or self._pipeline.group.rank() == 0
         if speaks and summary.get("gaf/skipped_fraction", 0.0) > 0.5:
@@ -197,14 +202,14 @@ class GAFState:
         if self.process_group is not None:
             _logger.warning("gaf_ddp: a GAFState is pickled without its process_group; set it after unpickling")
         left_behind: dict[str, Any] = {"process_group": None, "_pipeline": None, "_skips": 0, "decisions": []}
-        return {**self.__dict__, **left_behind, "_judge": self._new_judge()}
+        return {**self.__dict__, **left_behind, "_judge": self._new_judge(), "_awaits_hook": False}
 
     def _new_judge(self) -> Judge:
         if self._ratio is not None:
             return ByConsensus(self._ratio, self.scope)
         return ByMomenta(self.vote_momentum) if self.vote_momentum else ByGradients()
 
-    # What follows is for gaf_hook, connect and skip_on_disagreement.
+    # What follows is for gaf_hook, connect, attach and skip_on_disagreement.
 
     def _weighting_now(self) -> Callable[[Tensor], Tensor]:
         """Return the weighting of the current step."""
@@ -222,6 +227,7 @@ class GAFState:
         if decided:
             self._meter.record([(decision.agreement, numbers) for decision, numbers in decided])
         self.step += 1
+        self._awaits_hook = False
 
 
 def _consensus_ratio(tau: object, weighting: object) -> float | None:

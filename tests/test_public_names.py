@@ -21,6 +21,7 @@ NAMES = {
     "NeighborhoodAgreement": "(tau)",
     "SequentialAgreement": "(tau, running='mean')",
     "Weighting": "()",
+    "attach": "(model, optimizer=None, *, state=None, **settings)",
     "combine": "(rows, weights, out=None)",
     "filter_fsdp": "(model, state)",
     "filter_gradients": "(rows, weighting)",

@@ -1,0 +1,132 @@
+"""attach: one call for a model in DDP or of fully_shard, whatever frameworks wrap around it."""
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
+
+from gaf_ddp.fsdp import filter_fsdp
+from gaf_ddp.hook import gaf_hook
+from gaf_ddp.skip import skip_on_disagreement, unwrapped
+from gaf_ddp.state import GAFState
+
+# Submodules by which wrappers hold what they wrap: torch.compile's OptimizedModule, Fabric's _FabricModule.
+_WRAPPED = ("_orig_mod", "_forward_module")
+
+
+def attach(
+    model: nn.Module, optimizer: Optimizer | None = None, *, state: GAFState | None = None, **settings: Any
+) -> GAFState:
+    """Let the gradients of a model in DDP, or of fully_shard, be averages of those that agree.
+
+        state = attach(DistributedDataParallel(model))
+        state = attach(DistributedDataParallel(model), optimizer, tau=0.9)
+
+    Call it once, on every rank, after the model is wrapped and before the first backward. Costs nothing by itself;
+    `gaf_hook` and `filter_fsdp` say what they send and hold. `state.summary()` warns if no gradient ever came.
+
+    Args:
+        model: a DistributedDataParallel model, or what torch.compile, Fabric's `setup`, Accelerate's `prepare` or
+            Hugging Face's `trainer.model_wrapped` make of one; or a model of fully_shard (FSDP2).
+        optimizer: of this model, also as Accelerate, Fabric or Lightning wrap it: steps on which nothing agrees
+            are left out exactly (`skip_on_disagreement`). The consensus rule has none: nothing is added then.
+        state: of this model alone; a new one if None.
+        **settings: of the new state, see `GAFState`.
+
+    Returns:
+        The state. Its process group is the model's.
+
+    Raises:
+        TypeError: model, optimizer or state is not what its name says, or there are both state and settings; the
+            message says what to use instead.
+        ValueError: state's process group is another than the model's, the optimizer steps over no parameter of the
+            model, or a setting is out of its range.
+        RuntimeError: the model has a communication hook already.
+    """
+    if state is not None and settings:
+        raise TypeError(f"state and settings exclude each other, found both: {', '.join(settings)}")
+    if state is not None and not isinstance(state, GAFState):
+        raise TypeError(f"state must be a GAFState, found {type(state).__name__}")
+    wrapped = _find(model)
+    if optimizer is not None:
+        _require_shared(wrapped, unwrapped(optimizer))
+    state = GAFState(**settings) if state is None else state
+    if isinstance(wrapped, DistributedDataParallel):
+        _register(wrapped, state)
+    else:
+        filter_fsdp(wrapped, state)
+    state._awaits_hook = True
+    if optimizer is not None and can_skip(state):
+        skip_on_disagreement(optimizer, state)
+    return state
+
+
+def can_skip(state: GAFState) -> bool:
+    """Return whether there may be steps on which nothing agrees: not by the consensus rule."""
+    return state._ratio is None
+
+
+def _find(model: Any) -> nn.Module:
+    """Return the model of DDP or fully_shard that is wrapped here; raise TypeError if there is none."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+    while not isinstance(model, DistributedDataParallel):
+        children = dict(model.named_children())
+        inner = next((children[name] for name in _WRAPPED if name in children), None)
+        if inner is None:
+            break
+        model = inner
+    if isinstance(model, DistributedDataParallel):
+        return model
+    reason = _reason_against(model)
+    if reason is None and any(isinstance(module, FSDPModule) for module in model.modules()):
+        return model
+    rule = "model must be in DistributedDataParallel, or of fully_shard"
+    raise TypeError(f"{rule}, found {type(model).__name__}: {reason or _ADVICE}")
+
+
+_ADVICE = (
+    "wrap it first, and pass what Fabric's setup or Accelerate's prepare returns, or Hugging Face's "
+    "trainer.model_wrapped; in one process use MicrobatchFilter"
+)
+
+
+def _reason_against(model: nn.Module) -> str | None:
+    """Return what to use instead of a wrapper that takes no filter, None if the model is none."""
+    if type(model).__module__.partition(".")[0] == "deepspeed":
+        return "DeepSpeed reduces gradients itself and takes no hook: use DistributedDataParallel or fully_shard"
+    for name, module in model.named_modules():
+        if isinstance(module, FullyShardedDataParallel):
+            return "FSDP1 has no place for a filter: use fully_shard (FSDP2), which attach takes"
+        if isinstance(module, DataParallel):
+            return "DataParallel adds gradients in one process: use DistributedDataParallel, a process per device"
+        if isinstance(module, DistributedDataParallel):
+            return f"its {name!r} is in DistributedDataParallel: pass that, each such part with a state of its own"
+    return None
+
+
+def _require_shared(model: nn.Module, optimizer: Optimizer) -> None:
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if stepped.isdisjoint(id(parameter) for parameter in model.parameters()):
+        rule = "optimizer must step over parameters of the model"
+        raise ValueError(f"{rule}, found none of them in {type(optimizer).__name__}: make it after fully_shard")
+
+
+def _register(model: DistributedDataParallel, state: GAFState) -> None:
+    theirs: dist.ProcessGroup = model.process_group
+    ours = state.process_group
+    if ours is not None and ours.group_name != theirs.group_name:
+        found = f"{ours.group_name!r} of ranks {dist.get_process_group_ranks(ours)}"
+        rule = f"{theirs.group_name!r} of ranks {dist.get_process_group_ranks(theirs)}"
+        raise ValueError(f"process_group must be the model's own, {rule}, found {found}")
+    try:
+        model.register_comm_hook(state, gaf_hook)
+    except RuntimeError as error:
+        if "called once" not in str(error):
+            raise
+        rule = "model must have no communication hook yet, found one: DistributedDataParallel takes one for good"
+        raise RuntimeError(f"{rule}, so attach once, and pass no other hook to the framework") from error
+    state.process_group = theirs
