@@ -46,7 +46,7 @@ def finite(rows: Tensor) -> Tensor:
     return rows.isfinite().all(1)
 
 
-@fuzzed(120)
+@fuzzed(60)
 @given(gradients(lengths=LONG), st.booleans())
 def test_gram(drawn: Drawn, as_vectors: bool) -> None:
     rows = drawn.rows
@@ -61,7 +61,7 @@ def test_gram(drawn: Drawn, as_vectors: bool) -> None:
     assert torch.equal(found.diagonal() > 0, rows.any(1) & ~found.diagonal().isnan())
 
 
-@fuzzed(120)
+@fuzzed(100)
 @given(gradients(lengths=LONG), st.data())
 def test_combine(drawn: Drawn, data: st.DataObject) -> None:
     rows = drawn.rows
@@ -88,7 +88,7 @@ def test_combine(drawn: Drawn, data: st.DataObject) -> None:
     assert torch.equal(rows[kept_rows].nan_to_num(7), before[kept_rows].nan_to_num(7))
 
 
-@fuzzed(80)
+@fuzzed(30)
 @given(gradients(lengths=LONG), st.sampled_from([64, 100, 1000, 4096]), st.integers(0, 2**31))
 def test_fold(drawn: Drawn, size: int, seed: int) -> None:
     for x in drawn.rows[:2]:
@@ -161,7 +161,7 @@ def assert_recorded(found: Agreement, rows: Tensor, ratio: float | None) -> None
     torch.testing.assert_close(found.cosine, units @ units.T, rtol=0, atol=1e-4)
 
 
-@fuzzed(200)
+@fuzzed(120)
 @given(gradients(), st.sampled_from(["mean", "neighborhood", "sequential", "half"]), TAUS, RATIOS)
 def test_rules_by_cosines(drawn: Drawn, name: str, tau: float, ratio: float | None) -> None:
     rows = drawn.rows
@@ -193,7 +193,7 @@ def test_the_rule_without_a_threshold(drawn: Drawn, ratio: float, guard: float |
         assert found.kept.nonzero().flatten().tolist() == expected
 
 
-@fuzzed(100)
+@fuzzed(30)
 @given(
     gradients(dtypes=(torch.float32, torch.float64)),
     TAUS,
@@ -214,7 +214,7 @@ def test_properties(drawn: Drawn, tau: float, seed: int, factor: float) -> None:
             assert_permutation_equivariant(weighting, gramian, order)
 
 
-@fuzzed(100)
+@fuzzed(80)
 @given(st.integers(1, 20), st.integers(0, 2**16), st.sampled_from([torch.float32, torch.float64]), TAUS, RATIOS)
 def test_matrices_that_are_no_gramians(
     world_size: int, seed: int, dtype: torch.dtype, tau: float, ratio: float | None

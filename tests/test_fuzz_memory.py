@@ -60,7 +60,7 @@ def remember(history: list[Tensor], memory: ConsensusMemory) -> list[tuple[list[
     return found
 
 
-@fuzzed(60)
+@fuzzed(25)
 @given(histories())
 def test_steps_are_those_of_explicit_vectors(history: list[Tensor]) -> None:
     def expect() -> list[tuple[Step, Tensor]]:
@@ -77,7 +77,7 @@ def test_steps_are_those_of_explicit_vectors(history: list[Tensor]) -> None:
         torch.testing.assert_close(momenta, their_momenta, rtol=1e-6, atol=1e-6 * largest)
 
 
-@fuzzed(30)
+@fuzzed(15)
 @given(histories(), st.integers(0, 5))
 def test_a_memory_that_is_saved_in_between_goes_on(history: list[Tensor], when: int) -> None:
     """The judge of the hook, its momenta and all, to the bit; in every scope."""
@@ -110,7 +110,7 @@ tensors = st.builds(
 )
 
 
-@fuzzed(150)
+@fuzzed(60)
 @given(st.sampled_from(["version", "step", "meter", "memory", "meter.kept", "meter.cosine", "new"]), anything)
 def test_a_state_refuses_what_it_did_not_save_and_stays_as_it_was(where: str, value: Any) -> None:
     state = filled()
@@ -120,7 +120,7 @@ def test_a_state_refuses_what_it_did_not_save_and_stays_as_it_was(where: str, va
     refuses(state, found, before)
 
 
-@fuzzed(60)
+@fuzzed(40)
 @given(st.integers(0, 2**30), st.integers(0, 7), st.booleans())
 def test_a_state_lives_on_flipped_and_cut_bytes(place: int, bit: int, is_cut: bool) -> None:
     state = GAFState()
@@ -133,7 +133,7 @@ def test_a_state_lives_on_flipped_and_cut_bytes(place: int, bit: int, is_cut: bo
         trained(state)
 
 
-@fuzzed(150)
+@fuzzed(80)
 @given(
     st.sampled_from(["bucket", "model", "running"]) | anything,
     st.lists(tensors | anything, max_size=3) | anything,
