@@ -11,6 +11,7 @@ from gaf_ddp.consensus import ConsensusAgreement
 from gaf_ddp.fsdp import filter_fsdp
 from gaf_ddp.gramian import combine, filter_gradients, gram
 from gaf_ddp.hook import gaf_hook
+from gaf_ddp.log import AgreementLog
 from gaf_ddp.microbatch import MicrobatchFilter
 from gaf_ddp.skip import skip_on_disagreement
 from gaf_ddp.state import GAFState
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Agreement",
+    "AgreementLog",
     "ConsensusAgreement",
     "GAFState",
     "Mean",

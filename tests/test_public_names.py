@@ -13,6 +13,7 @@ from gaf_ddp.agreement import decide
 NAMES = {
     "Agreement": "(gramian, cosine, weights, kept, agreed, voters, nonfinite, overlong, distance=None, "
     "flipped=None)",
+    "AgreementLog": "(state, *targets, every=100, cosine_every=1000, rank=0)",
     "ConsensusAgreement": "(ratio=3.0)",
     "GAFState": "(process_group=None, tau=None, *, weighting=None, scope=None, exchange='auto', start_step=0, "
     "wire_dtype=None, max_norm_ratio=10.0, vote_momentum=0.0, sketch_size=4096, watch=False, voters='rank')",
@@ -49,6 +50,7 @@ def test_public_names_say_what_they_are(name: str) -> None:
 
 MEMBERS = {
     "Agreement": "agreed cosine distance flipped gramian kept nonfinite overlong stack voters weights",
+    "AgreementLog": "cosine_every every rank state step",
     "ConsensusAgreement": "of_few ratio",
     "GAFState": "agreement decisions exchange load_state_dict max_norm_ratio process_group scope sketch_size "
     "start_step state_dict step summary tau vote_momentum voters watch weighting wire_dtype",
@@ -63,6 +65,7 @@ MEMBERS = {
 def test_public_members_are_these() -> None:
     instances: list[object] = [
         decide(torch.eye(2), gaf_ddp.Mean(), None),
+        gaf_ddp.AgreementLog(gaf_ddp.GAFState()),
         gaf_ddp.ConsensusAgreement(),
         gaf_ddp.GAFState(),
         gaf_ddp.Mean(),
