@@ -1,12 +1,16 @@
-"""Models of fully_shard for tests of filter_fsdp."""
+"""Models of fully_shard, and what is done with them, for tests of filter_fsdp."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.optim import SGD
 
+from gaf_ddp import GAFState, filter_fsdp
 from tests.nets import Probe, mlp
 
 SIZES = [[301, 70], [117], [53]]  # of the parameters of each unit, the last one is the root
@@ -71,3 +75,37 @@ def gradients_of(model: nn.Module) -> Tensor:
 def parameters_of(model: nn.Module) -> Tensor:
     """Return all parameters, `(N,)`."""
     return torch.cat([whole(p) for p in model.parameters()])
+
+
+def train(model: nn.Module, state: GAFState | None, steps: int = 2, divisor: float | None = None) -> Tensor:
+    """Return the parameters after some steps of clipped SGD on this rank's own data.
+
+    Args:
+        model: a sharded network.
+        state: its filter, or None for none.
+        steps: backwards, and steps of the optimizer.
+        divisor: of the sum of gradients, torch asks for sums then; None is W, and averages.
+    """
+    if state is not None:
+        filter_fsdp(model, state)
+    for unit in model.modules():
+        if divisor is not None and isinstance(unit, FSDPModule):
+            unit.set_force_sum_reduction_for_comms(True)
+            unit.set_gradient_divide_factor(divisor)
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(6, 12, generator=generator)).square().mean().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+        optimizer.step()
+    return parameters_of(model)
+
+
+Checks = list[Callable[[], None]]
+
+
+def run(device: torch.device, checks: Checks) -> None:
+    """Run several checks in one start of the ranks."""
+    for check in checks:
+        check()

@@ -1,4 +1,4 @@
-"""filter_fsdp against torch's own fully_shard: what it averages, whom it leaves out, and what it refuses."""
+"""filter_fsdp against torch's own fully_shard: what it averages, and whom it leaves out."""
 
 import copy
 import warnings
@@ -9,19 +9,29 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-from torch.optim import SGD, AdamW
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.optim import AdamW
 
 from gaf_ddp import ConsensusAgreement, GAFState, Mean, NeighborhoodAgreement, filter_fsdp, skip_on_disagreement
 from gaf_ddp.judges import ByConsensus
 from tests.accelerator import take_accelerators_way
-from tests.fsdp_models import SIZES, Probes, count, gradients_of, network, parameters_of, probes, split, whole
+from tests.fsdp_models import (
+    SIZES,
+    Checks,
+    Probes,
+    count,
+    gradients_of,
+    network,
+    parameters_of,
+    probes,
+    run,
+    split,
+    train,
+    whole,
+)
 from tests.gradients import agreeing_gradients
-from tests.nets import ddp, mlp
 from tests.syncs import HostSyncs
 
 Ranks = Callable[..., list[Any]]
@@ -51,31 +61,6 @@ WAYS: dict[str, dict[str, Any]] = {  # to use fully_shard
 }
 
 
-def train(model: nn.Module, state: GAFState | None, steps: int = 2, divisor: float | None = None) -> Tensor:
-    """Return the parameters after some steps of clipped SGD on this rank's own data.
-
-    Args:
-        model: a sharded network.
-        state: its filter, or None for none.
-        steps: backwards, and steps of the optimizer.
-        divisor: of the sum of gradients, torch asks for sums then; None is W, and averages.
-    """
-    if state is not None:
-        filter_fsdp(model, state)
-    for unit in model.modules():
-        if divisor is not None and isinstance(unit, FSDPModule):
-            unit.set_force_sum_reduction_for_comms(True)
-            unit.set_gradient_divide_factor(divisor)
-    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
-    generator = torch.Generator().manual_seed(dist.get_rank())
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(torch.randn(6, 12, generator=generator)).square().mean().backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 0.3)
-        optimizer.step()
-    return parameters_of(model)
-
-
 def assert_near(found: Tensor, expected: Tensor, to: float = 1e-6) -> None:
     """Assert equality relative to the largest element, or to 1."""
     assert (found - expected).abs().max() <= to * expected.abs().max().clamp(min=1)
@@ -83,25 +68,24 @@ def assert_near(found: Tensor, expected: Tensor, to: float = 1e-6) -> None:
 
 def check_averages(way: str = "default", names: Iterable[str] = ("slices",)) -> None:
     """Averaging is torch's own, however it is judged and the model is sharded."""
-    options = WAYS[way]
-    expected = train(network(**options), None)
+    options, steps = WAYS[way], 2 if way == "default" else 1
+    expected = train(network(**options), None, steps)
     for name in names:
         state = AVERAGES[name]()
-        found = train(network(**options), state)
+        found = train(network(**options), state, steps)
         assert_near(found, expected, 2e-3 if way in ("reduce in bfloat16", "reduce in float16") else 1e-6)
-        assert (state.step, len(state.decisions)) == (2, 4), (way, name)
+        assert (state.step, len(state.decisions)) == (steps, 4), (way, name)
     # Where all weights are 1/W gradients are scaled by 1, in any dtype.
-    assert torch.equal(train(network(**options), AVERAGES["sketch"]()), expected), way
+    assert torch.equal(train(network(**options), AVERAGES["sketch"](), steps), expected), way
 
 
 def check_every_way() -> None:
     """So it is in every way to judge, and to use fully_shard."""
     for way in WAYS:
         check_averages(way, AVERAGES if way == "default" else ["slices"])
-    expected = train(network(), None)
+    expected = train(network(), None, 1, divisor=5.0)
     for name in ("slices", "sketch"):
-        assert_near(train(network(), AVERAGES[name](), divisor=2.0), expected)
-        assert_near(train(network(), AVERAGES[name](), divisor=5.0), train(network(), None, divisor=5.0))
+        assert_near(train(network(), AVERAGES[name](), 1, divisor=5.0), expected)
 
 
 def spoilt(kind: str, bad: int, gradients: Tensor) -> Tensor:
@@ -291,18 +275,6 @@ def check_replicas() -> None:
         filter_fsdp(probes(mesh=alone), GAFState())
 
 
-def check_tensor_parallel() -> None:
-    """Tensor parallel parts of one gradient would be judged apart."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-    model = mlp()
-    parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel()})
-    fully_shard(model, mesh=mesh["data"])
-    with pytest.raises(
-        ValueError, match=r"fully_shard alone, not by tensor.*found 4 ranks of which 2 are fully_sh"
-    ):
-        filter_fsdp(model, GAFState())
-
-
 def check_part_of_the_world() -> None:
     """A model on half of the ranks is filtered among these."""
     rank = dist.get_rank()
@@ -344,136 +316,21 @@ def check_wraps_another_reduce_scatter() -> None:
         assert counted.calls == calls
 
 
-def check_errors() -> None:
-    """What cannot work is refused, in words that say what would."""
-    plain = mlp()
-    with pytest.raises(TypeError, match=r"model must be of fully_shard, found Sequential without a unit of it"):
-        filter_fsdp(plain, GAFState())
-    with pytest.raises(
-        TypeError, match=r"found DistributedDataParallel at the root: use model.register_comm_hook"
-    ):
-        filter_fsdp(ddp(mlp(), torch.device("cpu")), GAFState())
-    with pytest.raises(TypeError, match=r"FSDP2.*found FullyShardedDataParallel in '0'"):
-        filter_fsdp(nn.Sequential(FullyShardedDataParallel(mlp(), device_id=torch.device("cpu"))), GAFState())
-    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, found function"):
-        filter_fsdp(check_errors, GAFState())  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"state must be a GAFState, found int"):
-        filter_fsdp(network(), 3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"scope must be 'bucket' or 'running' under fully_shard.*found 'model'"):
-        filter_fsdp(network(), GAFState(tau=0.5, scope="model"))
-    with pytest.raises(ValueError, match=r"wire_dtype must be None under fully_shard.*found torch.bfloat16"):
-        filter_fsdp(network(), GAFState(wire_dtype=torch.bfloat16))
-    model = network()
-    model.set_gradient_divide_factor(3.0)
-    filter_fsdp(model, GAFState(weighting=Mean()))
-    with pytest.raises(ValueError, match=r"set_gradient_divide_factor is for exchange 'sketch' or 'gather'"):
-        train(model, None)
-    state = filter_fsdp(network(), GAFState())
-    with pytest.raises(ValueError, match=r"state must be of one model alone"):
-        filter_fsdp(network(), state)
-
-
-def check_unlike_settings() -> None:
-    """A setting that differs is named on every rank, at the first unit and later."""
-    rank = dist.get_rank()
-    model = probes()
-    filter_fsdp(model, GAFState(tau=0.5 + rank / 10))
-    with pytest.raises(
-        ValueError, match=r"tau must be the same on every rank, found 0.5 on rank 0 and 0.6 on rank"
-    ):
-        model(torch.ones(count())).backward()
-    model = probes()
-    state = filter_fsdp(model, GAFState(tau=0.5))
-    model(torch.ones(count())).backward()
-    state.tau = 0.5 + rank / 10
-    with pytest.raises(
-        ValueError, match=r"tau must be the same on every rank, found 0.5 on rank 0 and 0.6 on rank"
-    ):
-        model(torch.ones(count())).backward()
-
-
-class Checkpointed(nn.Module):
-    """Two units whose backwards run inside of another."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(nn.Linear(12, 12) for _ in range(2))
-        for part in self.parts:
-            fully_shard(part)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for part in self.parts:
-            x = checkpoint(part, x, use_reentrant=True)
-        return x
-
-
-def check_reentrant_checkpoint() -> None:
-    """A backward inside of another would end the step for every unit."""
-    model = Checkpointed()
-    fully_shard(model)
-    filter_fsdp(model, GAFState())
-    with pytest.raises(RuntimeError, match=r"one backward, found one inside of another.*use_reentrant=True"):
-        model(torch.randn(6, 12, requires_grad=True)).sum().backward()
-
-
-def check_reduction_outside_of_backward() -> None:
-    """Gradients that are reduced outside of a backward, as torch 2.15 can, would be in no step."""
-    model = probes()
-    filter_fsdp(model, GAFState())
-    if hasattr(model, "set_manual_backward_finalization"):
-        model.set_manual_backward_finalization(True)
-        model(torch.ones(count())).backward()
-        with pytest.raises(RuntimeError, match=r"reduced in backward, found one that is reduced outside"):
-            model.finalize_backward()
-
-
-def check_another_torch() -> None:
-    """A torch that lacks a name is told so."""
-    model = network()
-    unit: Any = model
-    group = unit._get_fsdp_state()._fsdp_param_group
-    del group.mesh_info
-    with pytest.raises(
-        RuntimeError, match=r"torch .* has another fully_shard than 2.11 to 2.15 have: .*mesh_info"
-    ):
-        filter_fsdp(model, GAFState())
-
-
-OF_TWO = [
-    check_errors,
-    check_wraps_another_reduce_scatter,
-    check_compiled,
-    check_unlike_settings,
-    check_another_torch,
-]
-CHECKS: dict[int, list[Callable[[], None]]] = {
-    2: [
-        check_every_way,
-        check_bad_ranks,
-        check_steps,
-        check_two_roots,
-        check_skip,
-        check_memory,
-        check_hosts_vote,
-        *OF_TWO,
-    ],
+AS_TORCH: Checks = [check_every_way, check_compiled, check_wraps_another_reduce_scatter, check_hosts_vote]
+FILTERED: dict[int, Checks] = {
+    2: [check_bad_ranks, check_steps, check_two_roots, check_skip, check_memory],
     3: [check_averages, check_bad_ranks, check_steps, check_memory, check_steps_are_remembered],
-    4: [check_bad_ranks, check_replicas, check_tensor_parallel, check_part_of_the_world],
+    4: [check_bad_ranks, check_replicas, check_part_of_the_world],
 }
 
 
-def run(device: torch.device, names: list[str]) -> None:
-    for name in names:
-        globals()[name]()
+def test_averages_are_torchs(gloo_ranks: Ranks) -> None:
+    gloo_ranks(2, run, AS_TORCH)
 
 
-@pytest.mark.parametrize("size", CHECKS)
+@pytest.mark.parametrize("size", FILTERED)
 def test_units_are_filtered(gloo_ranks: Ranks, size: int) -> None:
-    gloo_ranks(size, run, [check.__name__ for check in CHECKS[size]])
-
-
-def test_other_backwards_are_refused(gloo_ranks: Ranks) -> None:
-    gloo_ranks(2, run, ["check_reentrant_checkpoint", "check_reduction_outside_of_backward"])
+    gloo_ranks(size, run, FILTERED[size])
 
 
 def judge_alone(device: torch.device) -> None:
