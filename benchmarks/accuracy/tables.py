@@ -45,8 +45,8 @@ def _experiment(experiment: Experiment, table: Table) -> str:
 
 def _broken(tables: Tables) -> str:
     """Return faults down, arms across: final accuracy with the bad rank first / last."""
-    arms = ("averaging", "guard only", "neighborhood", "default", "momenta 0.7", "sequential", "krum", "upgrad",
-            "oracle")  # fmt: skip
+    arms = ("averaging", "guard only", "neighborhood", "default", "momenta 0.7", "consensus", "sequential", "krum",
+            "upgrad", "oracle")  # fmt: skip
     faults: dict[str, dict[int, Table]] = {}
     for e, table in tables:
         faults.setdefault(e.notes["fault"], {})[e.notes["rank"]] = table
