@@ -1,8 +1,8 @@
 """Whatever gradients come: gram, combine, fold and decisions against float64, within the tolerances below."""
 
 from dataclasses import fields
+from typing import Literal
 
-import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -136,7 +136,7 @@ def in_both_ways(name: str, tau: float) -> tuple[list[Weighting], oracle.Rule]:
         return [Mean(), MeanInTensors()], oracle.mean
     if name == "neighborhood":
         return [NeighborhoodAgreement(tau), NeighborhoodInTensors(tau)], oracle.neighborhood(tau)
-    running = "half" if name == "half" else "mean"
+    running: Literal["mean", "half"] = "half" if name == "half" else "mean"
     ways = [way(tau, running=running) for way in (SequentialAgreement, SequentialInTensors)]
     return list(ways), oracle.sequential(tau, running)
 
@@ -239,7 +239,3 @@ def test_every_field_is_judged() -> None:
     """A new field of the record must come into `assert_recorded`."""
     names = {field.name for field in fields(Agreement)} - {"distance", "flipped"}
     assert names == {"gramian", "cosine", "weights", "kept", "agreed", "voters", "nonfinite", "overlong"}
-
-
-if __name__ == "__main__":
-    pytest.main([__file__])

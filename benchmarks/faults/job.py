@@ -52,7 +52,8 @@ class Outcome(NamedTuple):
 
 def run(setup: str, fault: Fault) -> Outcome:
     """Start a job, let it break, and wait for its end; no process outlives the call."""
-    with tempfile.TemporaryDirectory() as name, Hosts(WORLD_SIZE) if fault.on_links else nullcontext() as hosts:
+    network: Any = Hosts(WORLD_SIZE) if fault.on_links else nullcontext()
+    with tempfile.TemporaryDirectory() as name, network as hosts:
         folder = Path(name)
         places = [(host, hosts.switch) for host in hosts.names] if hosts else [None] * WORLD_SIZE
         ranks = [
@@ -79,7 +80,7 @@ def _ends(ranks: list[Any], fault: Fault, folder: Path) -> dict[int, float]:
         del waiting[ranks[VICTIM].sentinel]
     while waiting and time.monotonic() < deadline:
         for sentinel in connection.wait(list(waiting), timeout=0.2):
-            ended[waiting.pop(sentinel)] = time.monotonic()  # type: ignore[call-overload]
+            ended[waiting.pop(sentinel)] = time.monotonic()
         noted = folder / "noted"
         if noted.exists() and noted.stat().st_size:
             last = float(noted.read_text()) + 2 * GROUP_TIMEOUT + _NONE_LEFT

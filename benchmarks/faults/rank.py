@@ -31,15 +31,18 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(_LAYERS))
-        self._breaking = breaking
+        self.width, self._breaking = width, breaking
 
     def forward(self, x: Tensor) -> Tensor:
         for i, layer in enumerate(self.layers):
             x = torch.tanh(layer(x))
             if i == _LAYERS // 2:
-                x.register_hook(lambda gradient: self._breaking.at("middle"))
-        x.register_hook(lambda gradient: self._breaking.at("begin"))
+                self._tell(x, "middle")
+        self._tell(x, "begin")
         return x
+
+    def _tell(self, x: Tensor, where: str) -> None:
+        x.register_hook(lambda gradient: self._breaking.at(where))  # type: ignore[no-untyped-call]
 
 
 def train(setup: str, fault: Fault, rank: int, folder: Path, host: tuple[str, str] | None) -> None:
@@ -79,7 +82,7 @@ def _steps(setup: str, fault: Fault, rank: int, breaking: Breaking, group: Any, 
     if SETUPS[setup] is not None and not (fault.what == "no hook" and rank == VICTIM):
         model.register_comm_hook(_state(setup, fault, rank, breaking, group), gaf_hook)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    data = torch.randn(STEPS + 1, len(net.layers[0].weight), generator=torch.Generator().manual_seed(rank))
+    data = torch.randn(STEPS + 1, net.width, generator=torch.Generator().manual_seed(rank))
     steps = STEPS + (rank == VICTIM) * {"step less": -1, "step more": 1}.get(fault.what, 0)
     if fault.what == "no hook":
         breaking.note()

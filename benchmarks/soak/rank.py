@@ -48,7 +48,8 @@ class Soak:
         undo = self._skip(segment, optimizer)
         inputs = segment.steps - segment.steps // 6 * self._rank * segment.joins
         self.joined += segment.joins
-        with Join([model]) if segment.joins else nullcontext():
+        uneven: Any = Join([model]) if segment.joins else nullcontext()
+        with uneven:
             for step in range(inputs):
                 if step == segment.restarts_at:
                     undo()
