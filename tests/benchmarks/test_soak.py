@@ -6,7 +6,7 @@ from benchmarks.soak.__main__ import HELD, page, run, slope
 from benchmarks.soak.segments import SETTINGS, draw
 
 pytestmark = pytest.mark.job
-STEPS, LONGEST = 160, 15
+STEPS, LONGEST = 110, 9
 
 
 def test_replicas_stay_equal_through_everything() -> None:
