@@ -66,9 +66,8 @@ def _draw_kept(axis: Axes, records: Sequence[Record], out: list[int]) -> None:
     shares = [[100 * record["ranks"][rank]["kept"] for record in records] for rank in range(size)]
     borders = [rank - 0.5 for rank in range(size + 1)]
     mesh = axis.pcolormesh(edges(records), borders, shares, cmap=_KEPT, vmin=0, vmax=100)
-    axis.hlines(
-        borders[1:-1], *edges(records)[:: len(records)], color="white", linewidth=2 if size <= _ALL_NAMED else 0.5
-    )
+    first, *_, last = edges(records)
+    axis.hlines(borders[1:-1], first, last, color="white", linewidth=2 if size <= _ALL_NAMED else 0.5)
     axis.invert_yaxis()
     named = [rank for rank in range(size) if rank in out or rank % -(-size // _ALL_NAMED) == 0]
     axis.set_yticks(named, [name(records[-1], rank) for rank in named])
@@ -94,13 +93,18 @@ def _draw_distances(axis: Axes, records: Sequence[Record], out: list[int]) -> No
             steps, values, color=_OUT if bad else _FINE, linewidth=2.4 if bad else 1.4, alpha=1 if bad else 0.6
         )
         if bad and len(out) <= 4 and values[-1] == values[-1]:
-            place = {"textcoords": "offset points", "xytext": (6, 0), "va": "center", "annotation_clip": False}
+            place: dict[str, Any] = {
+                "textcoords": "offset points",
+                "xytext": (6, 0),
+                "va": "center",
+                "annotation_clip": False,
+            }
             label = axis.annotate(f"rank {rank}", (steps[-1], values[-1]), color=_OUT, fontweight="bold", **place)
             label.set_in_layout(False)  # beside the colours' bar there is room
     ratio = records[-1]["ratio"]
     if ratio:
         axis.axhline(ratio, color="black", linewidth=1, linestyle=(0, (4, 3)))
-        note = {"textcoords": "offset points", "xytext": (4, 4), "fontsize": 9.5}
+        note: dict[str, Any] = {"textcoords": "offset points", "xytext": (4, 4), "fontsize": 9.5}
         axis.annotate(f"left out above {ratio:g}", (edges(records)[0], ratio), **note)
     axis.set_yscale("log")
     low, high = axis.get_ylim()
