@@ -4,7 +4,6 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -81,6 +80,8 @@ def _find(model: Any) -> nn.Module:
         model = inner
     if isinstance(model, DistributedDataParallel):
         return model
+    from torch.distributed.fsdp import FSDPModule  # takes a second, which a plain import of gaf_ddp should not
+
     reason = _reason_against(model)
     if reason is None and any(isinstance(module, FSDPModule) for module in model.modules()):
         return model
@@ -96,6 +97,8 @@ _ADVICE = (
 
 def _reason_against(model: nn.Module) -> str | None:
     """Return what to use instead of a wrapper that takes no filter, None if the model is none."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
     if type(model).__module__.partition(".")[0] == "deepspeed":
         return "DeepSpeed reduces gradients itself and takes no hook: use DistributedDataParallel or fully_shard"
     for name, module in model.named_modules():
