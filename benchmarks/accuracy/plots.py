@@ -94,6 +94,9 @@ def _heatmap(pyplot: Any, tables: Tables) -> Any:
         columns = [arm for arm in COLUMNS if any(arm in table for table in shown.values())]
         shown.pop("none", None)
         finals = [[t[arm].final.mean if arm in t else math.nan for arm in columns] for t in shown.values()]
+        if not finals:
+            axis.set_axis_off()
+            continue
         axis.imshow(finals, cmap=colors, vmin=10, vmax=100, aspect="auto")
         for y, line in enumerate(finals):
             for x, value in enumerate(line):
