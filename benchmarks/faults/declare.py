@@ -51,8 +51,8 @@ class Fault(NamedTuple):
 
     @property
     def limit(self) -> float:
-        """Seconds by which every survivor must have been told; slow buckets may each use the time-out."""
-        return (2 if self.what == "slow" else 1) * GROUP_TIMEOUT + ALLOWED
+        """Seconds by which every survivor must have been told."""
+        return GROUP_TIMEOUT + ALLOWED
 
     @property
     def name(self) -> str:
