@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gaf_ddp.device import kernels
-from gaf_ddp.hosts import ByHosts, hosts_of
+from gaf_ddp.hosts import ByHosts, numbered, own_host
 from gaf_ddp.pipeline import Pipeline
 from gaf_ddp.settings import as_text, describe, require_same, versions
 from gaf_ddp.state import GAFState
@@ -38,19 +38,25 @@ def connect(state: GAFState, bucket: Any) -> Pipeline:
         message = "gaf_ddp: world size 1, there are no other gradients to filter against"
         warnings.warn(message, stacklevel=3)
     # A schedule that raises does so before the others are met: their errors name this rank then.
-    settings = {**shared(state, state._weighting_now(), bucket.buffer().device), "step": state.step}
+    settings = {
+        **shared(state, state._weighting_now(), bucket.buffer().device),
+        "step": state.step,
+        "host": own_host(),
+    }
     lasting = {name: getattr(state, name) for name in _LASTING}
     pipeline = Pipeline(group, bucket.buffer().device, judge=state._judge, **lasting)
-    require_same(as_text(settings), pipeline.lane.group, pipeline.device)
+    everyone = require_same(as_text(settings), pipeline.lane.group, pipeline.device)
+    state._statistics.hosts = [each["host"] for each in everyone]
+    state._statistics.speaks = group.rank() == 0
     if state.voters == "host":
-        pipeline.judge = ByHosts(state._judge, hosts_of(pipeline.lane.group, pipeline.device), pipeline.device)
+        pipeline.judge = ByHosts(state._judge, numbered(state._statistics.hosts), pipeline.device)
     state._pipeline = pipeline
     return pipeline
 
 
 def shared(state: GAFState, weighting: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, object]:
     """Return what must be the same on every rank when it decides by this weighting."""
-    names = (*_LASTING, "start_step", "max_norm_ratio", "vote_momentum", "voters")
+    names = (*_LASTING, "start_step", "max_norm_ratio", "vote_momentum", "voters", "max_consecutive_skips")
     return {
         "tau": getattr(weighting, "tau", "none") if callable(state.tau) else state.tau,
         "weighting": describe(weighting),

@@ -20,7 +20,7 @@ from gaf_ddp.connect import shared
 from gaf_ddp.exchange import Exchange, GatherExchange, ShardedExchange
 from gaf_ddp.fsdp_units import Unit, current_backward, units_of
 from gaf_ddp.gramian import Rows, combine
-from gaf_ddp.hosts import ByHosts, hosts_of
+from gaf_ddp.hosts import ByHosts, numbered, own_host
 from gaf_ddp.lanes import at_end_of_backward, named
 from gaf_ddp.pipeline import Decision
 from gaf_ddp.settings import Fingerprints, as_text, require, require_same
@@ -125,10 +125,11 @@ class _Way:
 
     def _connect(self, settings: dict[str, object], device: torch.device) -> Fingerprints:
         """Compare the ranks' settings in full, at host syncs."""
-        settings = {**settings, "step": self.state.step}
-        require_same(as_text(settings), self.group, device)
+        settings = {**settings, "step": self.state.step, "host": own_host()}
+        hosts = [each["host"] for each in require_same(as_text(settings), self.group, device)]
+        self.state._statistics.hosts, self.state._statistics.speaks = hosts, self.group.rank() == 0
         if self.state.voters == "host":
-            self.judge = ByHosts(self.state._judge, hosts_of(self.group, device), device)
+            self.judge = ByHosts(self.state._judge, numbered(hosts), device)
         self._fingerprints = Fingerprints(self.group, device)
         return self._fingerprints
 

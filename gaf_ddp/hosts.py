@@ -6,23 +6,22 @@ from collections.abc import Hashable, Sequence
 from dataclasses import fields, replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from gaf_ddp.agreement import Agreement
-from gaf_ddp.collectives import all_gather_text
 from gaf_ddp.gramian import Rows
 from gaf_ddp.judges import Judge, Rule
 
 
-def hosts_of(group: dist.ProcessGroup, device: torch.device) -> list[int]:
-    """Return each rank's host, numbered by its lowest rank; a collective of the group, at host syncs.
+def own_host() -> str:
+    """Return this rank's host: the machine's name, and behind it the number of what torchrun calls a node."""
+    return f"{socket.gethostname()} {os.environ.get('GROUP_RANK', '')}".rstrip()
 
-    A host is what torchrun calls a node, and its name; without torchrun the name alone.
-    """
-    names = all_gather_text(f"{socket.gethostname()} {os.environ.get('GROUP_RANK', '')}", group, device)
-    first = sorted(set(names), key=names.index)
-    return [first.index(name) for name in names]
+
+def numbered(hosts: Sequence[str]) -> list[int]:
+    """Return each rank's host, numbered by its lowest rank."""
+    first = sorted(set(hosts), key=hosts.index)
+    return [first.index(host) for host in hosts]
 
 
 class ByHosts:

@@ -7,11 +7,19 @@ import torch
 from torch import Tensor
 
 from gaf_ddp.agreement import Agreement, unsound
+from gaf_ddp.saved import require_numbers
 
-_BY_RANK = ("kept", "nonfinite", "overlong", "zero", "differing")  # decisions in which a rank was that
+# Decisions in which a rank was that; those that know its distance, and the sum of these.
+_BY_RANK = ("kept", "nonfinite", "overlong", "zero", "differing", "judged", "distance")
 # Decisions; those that kept nothing; those with no weights; those with a mean cosine, and the sum of these.
 _IN_ALL = ("decisions", "skipped", "unsound", "paired", "cosine")
+FARTHEST = 100.0  # what a z beyond it counts as: one of 1e20 would hide all others
 _MOST_PENDING, _MOST_COSINES = 64, 2**14  # decisions that wait to be added up, and their cosines
+
+
+def most_pending(size: int) -> int:
+    """Return how many decisions over so many ranks may wait to be added up."""
+    return min(_MOST_PENDING, _MOST_COSINES // size**2)
 
 
 class AgreementMeter:
@@ -19,7 +27,7 @@ class AgreementMeter:
 
     Decisions are added up many at a time: one by one, that took more launches than the decisions themselves.
 
-    Memory: 5 W + 5 float64 numbers, and the decisions not yet added up: at most 64, of 16 Ki pairs of ranks.
+    Memory: 7 W + 5 float64 numbers, and the decisions not yet added up: at most 64, of 16 Ki pairs of ranks.
     """
 
     def __init__(self) -> None:
@@ -31,7 +39,7 @@ class AgreementMeter:
         if self._pending and len(self._pending[0][1]) != len(decisions[0][1]):
             self.reset()
         self._pending += decisions
-        if len(self._pending) >= min(_MOST_PENDING, _MOST_COSINES // len(decisions[0][1]) ** 2):
+        if len(self._pending) >= most_pending(len(decisions[0][1])):
             self._add_up()
 
     def require_sound(self) -> None:
@@ -44,7 +52,8 @@ class AgreementMeter:
 
         Keys: `gaf/kept_fraction`, `gaf/skipped_fraction`, `gaf/mean_cosine` (over pairs of voters),
         `gaf/nonfinite_fraction`, `gaf/overlong_fraction`, `gaf/zero_fraction`, and `gaf/kept_rank_00` … : the
-        share of decisions in which that rank was kept.
+        share of decisions in which that rank was kept. With the consensus rule `gaf/distance_rank_00` … too: its
+        mean z, each at most 100, NaN where it has none.
 
         Raises:
             ValueError: as `require_sound`.
@@ -56,6 +65,8 @@ class AgreementMeter:
             return {}
         self._require_sound(sums)
         shares = {name: [number / decisions for number in sums[name]] for name in _BY_RANK}
+        judged = any(sums["judged"])
+        distances = [z / n if n else float("nan") for z, n in zip(sums["distance"], sums["judged"], strict=True)]
         mean = {name: sum(share) / len(share) for name, share in shares.items()}
         (skipped,), (cosine,), (paired,) = sums["skipped"], sums["cosine"], sums["paired"]
         return {
@@ -64,6 +75,7 @@ class AgreementMeter:
             "gaf/mean_cosine": cosine / paired if paired else float("nan"),
             **{f"gaf/{name}_fraction": mean[name] for name in ("nonfinite", "overlong", "zero")},
             **{f"gaf/kept_rank_{rank:02d}": share for rank, share in enumerate(shares["kept"])},
+            **{f"gaf/distance_rank_{rank:02d}": z for rank, z in enumerate(distances) if judged},
         }
 
     def reset(self) -> None:
@@ -81,16 +93,9 @@ class AgreementMeter:
         Raises:
             ValueError: state is not what `state_dict` returns; nothing is changed then.
         """
-        names = (*_BY_RANK, *_IN_ALL)
-        sound = isinstance(state, dict) and set(state) == set(names)
-        sound = sound and all(isinstance(numbers, list) for numbers in state.values())
-        count = len(state["kept"]) if sound else 0
-        expected = [count] * len(_BY_RANK) + [min(count, 1)] * len(_IN_ALL)
-        sound = sound and [len(state[name]) for name in names] == expected
-        if not sound or not all(type(x) in (int, float) for numbers in state.values() for x in numbers):
-            raise ValueError(f"meter must hold lists of numbers as state_dict() returns them, found {state!r}")
+        require_numbers("meter", state, _BY_RANK, _IN_ALL)
         self.reset()
-        if count:
+        if state["kept"]:
             self._sums = {name: torch.tensor(numbers, dtype=torch.float64) for name, numbers in state.items()}
 
     def _add_up(self) -> None:
@@ -131,7 +136,11 @@ def _sums(agreements: list[Agreement], settings: Tensor) -> dict[str, Tensor]:
     cosines = (cosine.sum((1, 2)) - cosine.diagonal(dim1=1, dim2=2).sum(1)) / pairs.clamp(min=1)
     zero = ~(voters | nonfinite | overlong)
     differing = settings != settings[:, :1]
+    distances = [agreement.distance for agreement in agreements if agreement.distance is not None]
+    z = torch.stack(distances) if distances else torch.full_like(cosine[:1, 0], torch.nan)  # (up to D, W)
     by_rank = torch.stack([kept, nonfinite, overlong, zero, differing]).sum(1, dtype=torch.float64)
+    judged = torch.stack([(~z.isnan()).sum(0, dtype=torch.float64), z.clamp(max=FARTHEST).nansum(0)])
+    by_rank = torch.cat([by_rank, judged])
     each = [torch.ones_like(pairs), ~agreed, unsound(weights, voters), pairs > 0, cosines]
     in_all = torch.stack([value.sum(0, True, dtype=torch.float64) for value in each])
     return {**dict(zip(_BY_RANK, by_rank, strict=True)), **dict(zip(_IN_ALL, in_all, strict=True))}

@@ -20,6 +20,10 @@ def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _count(value: object, least: int) -> bool:
+    return type(value) is int and value >= least
+
+
 # Each setting's rule, in words and as a predicate.
 RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "process_group": (
@@ -35,16 +39,17 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "'auto', 'sketch', 'sharded' or 'gather'",
         lambda value: value in ("auto", "sketch", "sharded", "gather"),
     ),
-    "start_step": ("an integer >= 0", lambda value: type(value) is int and value >= 0),
+    "start_step": ("an integer >= 0", lambda value: _count(value, 0)),
     "wire_dtype": (
         "None, torch.float16, torch.bfloat16 or torch.float32",
         lambda value: value in (None, torch.float16, torch.bfloat16, torch.float32),
     ),
     "max_norm_ratio": ("None or a number >= 1", lambda value: value is None or (_number(value) and value >= 1)),
     "vote_momentum": ("a number in [0, 1)", lambda value: _number(value) and 0 <= value < 1),
-    "sketch_size": ("an integer >= 64", lambda value: type(value) is int and value >= 64),
+    "sketch_size": ("an integer >= 64", lambda value: _count(value, 64)),
     "voters": ("'rank' or 'host'", lambda value: value in ("rank", "host")),
     "watch": ("True or False", lambda value: isinstance(value, bool)),
+    "max_consecutive_skips": ("None or an integer >= 0", lambda value: value is None or _count(value, 0)),
 }
 
 
@@ -108,18 +113,22 @@ def as_text(settings: Mapping[str, object]) -> str:
     return json.dumps({name: str(value) for name, value in settings.items()})
 
 
-def require_same(text: str, group: dist.ProcessGroup, device: torch.device) -> None:
+def require_same(text: str, group: dist.ProcessGroup, device: torch.device) -> list[dict[str, str]]:
     """Compare all ranks' settings, texts of `as_text`; a collective of the group, at host syncs.
+
+    Returns:
+        Every rank's settings; their "host" may differ.
 
     Raises:
         ValueError: on every rank, names the first setting that differs, and two ranks' values.
     """
-    everyone = [json.loads(each) for each in all_gather_text(text, group, device)]
+    everyone: list[dict[str, str]] = [json.loads(each) for each in all_gather_text(text, group, device)]
     for name, first in everyone[0].items():
         for rank, other in enumerate(everyone):
-            if other.get(name) != first:
+            if other.get(name) != first and name != "host":
                 found = f"{first} on rank 0 and {other.get(name)} on rank {rank}"
                 raise ValueError(f"{name} must be the same on every rank, found {found}")
+    return everyone
 
 
 class Fingerprints:

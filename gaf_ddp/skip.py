@@ -123,7 +123,7 @@ class _Veto:
             return
         agreed = torch.stack([decision.agreement.agreed for decision in decisions]).tolist()  # one host sync
         if not on_host(decisions[0].agreement.agreed):  # where the host could read, it has been checked
-            self._state._meter.require_sound()
+            self._state._statistics.require_sound(self._state.max_consecutive_skips)
         for decision, fine in zip(decisions, agreed, strict=True):
             if not fine:
                 for parameter in decision.parameters:

@@ -14,13 +14,14 @@ from gaf_ddp.agreement import Agreement
 from gaf_ddp.consensus import ConsensusAgreement
 from gaf_ddp.hosts import ByHosts
 from gaf_ddp.judges import ByConsensus, ByGradients, ByMomenta, Judge
-from gaf_ddp.meter import AgreementMeter
 from gaf_ddp.pipeline import Decision, Way
+from gaf_ddp.reports import Report
+from gaf_ddp.saved import VERSION, require_saved
 from gaf_ddp.settings import require
+from gaf_ddp.statistics import Statistics
 from gaf_ddp.weighting import Mean, NeighborhoodAgreement, require_tau
 
 _logger = logging.getLogger(__name__)
-_VERSION = 1  # of what state_dict returns
 _NOTHING = b"-"  # no memory; `torch.load` refuses b"" where it unpickles no code
 
 
@@ -52,6 +53,8 @@ class GAFState:
             for sketch's. What float16 cannot hold, beyond 65504 or below 6e-8, becomes inf or 0.
         max_norm_ratio: a rank whose gradient is longer than this many lower median norms has no vote; None is no
             guard.
+        max_consecutive_skips: end with RuntimeError, on every rank, once nothing agreed in more steps in a row; on
+            accelerators at the next `summary()`, `report()`, or skip that waits for the device.
 
     tau, weighting, start_step and max_norm_ratio may be assigned while training, on every rank alike; the others
     hold from the first bucket on. What decides is compared with every decision: a difference between ranks is
@@ -88,6 +91,7 @@ class GAFState:
         sketch_size: int = 4096,
         watch: bool = False,
         voters: Literal["rank", "host"] = "rank",
+        max_consecutive_skips: int | None = None,
     ) -> None:
         settings.require_valid(
             process_group=process_group,
@@ -101,6 +105,7 @@ class GAFState:
             sketch_size=sketch_size,
             watch=watch,
             voters=voters,
+            max_consecutive_skips=max_consecutive_skips,
         )
         require(weighting is None or tau is None, "tau and weighting exclude each other: tau must be None", tau)
         self.process_group = process_group
@@ -116,10 +121,11 @@ class GAFState:
         self.sketch_size = sketch_size
         self.watch = watch
         self.voters = voters
+        self.max_consecutive_skips = max_consecutive_skips
 
         self.step = 0
         self.decisions: list[Decision] = []
-        self._meter = AgreementMeter()
+        self._statistics = Statistics()
         self._judge = self._new_judge()
         self._skips = 0  # optimizers whose steps are left out by what this state decides
         self._awaits_hook = False  # attached, and no step since
@@ -135,30 +141,29 @@ class GAFState:
         return Agreement.stack([decision.agreement for decision in self.decisions])
 
     def summary(self, reset: bool = True) -> dict[str, float]:
-        """Return the statistics since the last reset, at one host sync; see `AgreementMeter.summary`.
+        """Return the statistics since the last reset, see `AgreementMeter.summary`; waits for the device.
 
-        Logs a warning when more than half of the decisions found no agreement: tau is too strict, or gradients are
-        not finite. All ranks know the same, so only the group's first one says it.
+        `gaf/out_rank_00` … beside them: for how many steps in a row that rank has been left out, up to now.
+
+        Logs warnings, the group's first rank for all: when more than half of the decisions found no agreement; of
+        ranks that were out for 200 steps in a row, once in 1000 steps, on the CPU without being asked too.
 
         Raises:
             ValueError: ranks decided by unlike settings, or a weighting returned what is no weight.
+            RuntimeError: nothing agreed in more than `max_consecutive_skips` steps in a row.
         """
         if self._awaits_hook:
             warnings.warn("gaf_ddp: attached, but no gradient came: is the wrapped model called?", stacklevel=2)
             self._awaits_hook = False
-        summary = self._meter.summary()
-        speaks = self._pipeline is None or self._pipeline.group.rank() == 0
-        if speaks and summary.get("gaf/skipped_fraction", 0.0) > 0.5:
-            _logger.warning(
-                "gaf_ddp: nothing agreed in %.0f %% of the decisions; %s",
-                100 * summary["gaf/skipped_fraction"],
-                "gradients are not finite: is wire_dtype float16, or the learning rate or loss scale too large?"
-                if summary["gaf/nonfinite_fraction"] > 0.5
-                else "raise tau or the batch size per rank",
-            )
-        if reset:
-            self._meter.reset()
-        return summary
+        return self._statistics.summary(self.step, self.max_consecutive_skips, reset)
+
+    def report(self) -> Report:
+        """Return where each rank stands since training began: `str` for people, `as_dict()` for programs.
+
+        No `summary()` resets it, `state_dict()` saves it, another world size begins it anew. Kept on the device
+        until asked for; then waits for it, warns of ranks and raises RuntimeError as `summary()` does.
+        """
+        return self._statistics.report(self.step, self.max_consecutive_skips)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what training needs to go on, at host syncs: step, statistics, the consensus rule's memory.
@@ -168,7 +173,7 @@ class GAFState:
         every rank has them whole: of gathered sketches. Others begin anew, as those of `vote_momentum` do.
         """
         memory = self._judge.dump(self.exchange == "sketch") if isinstance(self._judge, ByConsensus) else _NOTHING
-        return {"version": _VERSION, "step": self.step, "meter": self._meter.state_dict(), "memory": memory}
+        return {"version": VERSION, "step": self.step, "memory": memory, **self._statistics.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore `state_dict()`; the world size may differ, what is known of ranks then starts anew.
@@ -176,22 +181,12 @@ class GAFState:
         Raises:
             ValueError: state_dict is not what `state_dict()` returns; nothing is changed then.
         """
-        keys = {"version", "step", "meter", "memory"}
-        found = set(state_dict) if isinstance(state_dict, dict) else state_dict
-        require(found == keys, f"state_dict must hold {sorted(keys)}", found)
-        require(
-            state_dict["version"] == _VERSION, f"state_dict's version must be {_VERSION}", state_dict["version"]
-        )
-        step = state_dict["step"]
-        require(type(step) is int and step >= 0, "state_dict's step must be an integer >= 0", step)
-        judge = self._new_judge()
-        memory = state_dict["memory"]
-        require(isinstance(memory, bytes), "state_dict's memory must be bytes", memory)
+        require_saved(state_dict)
+        judge, memory = self._new_judge(), state_dict["memory"]
         if isinstance(judge, ByConsensus) and memory != _NOTHING:
             judge.load(memory)
-        self._meter.load_state_dict(state_dict["meter"])
-        self.step = step
-        self._judge = judge
+        self._statistics.load_state_dict(state_dict)
+        self.step, self._judge = state_dict["step"], judge
         if self._pipeline is not None and isinstance(self._pipeline.judge, ByHosts):
             self._pipeline.judge.judge = judge
         elif self._pipeline is not None:
@@ -224,10 +219,11 @@ class GAFState:
     def _end_step(self, decided: list[tuple[Decision, Tensor]]) -> None:
         """Keep what a step decided, with the numbers of the settings that each rank decided by."""
         self.decisions = [decision for decision, _ in decided]
-        if decided:
-            self._meter.record([(decision.agreement, numbers) for decision, numbers in decided])
         self.step += 1
         self._awaits_hook = False
+        if decided:
+            agreements = [(decision.agreement, numbers) for decision, numbers in decided]
+            self._statistics.record(self.step - 1, agreements, self.max_consecutive_skips)
 
 
 def _consensus_ratio(tau: object, weighting: object) -> float | None:

@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -59,6 +60,18 @@ class TestSummary:
         assert math.isnan(meter.summary()["gaf/mean_cosine"])
         meter.record([decided(torch.tensor([[1.0, 0.25], [0.25, 1.0]]))])
         assert meter.summary()["gaf/mean_cosine"] == 0.25
+
+    def test_has_distances_where_a_rule_knows_them(self) -> None:
+        meter, (agreement, numbers) = AgreementMeter(), decided(torch.eye(3))
+        meter.record([(agreement, numbers)])
+        assert not any("distance" in name for name in meter.summary())
+        for z in ([1.0, 1e20, math.nan], [2.0, 4.0, math.nan]):  # the farthest counts as 100
+            meter.record([(replace(agreement, distance=torch.tensor(z, dtype=torch.float64)), numbers)])
+        summary = meter.summary()
+        distances = [summary[f"gaf/distance_rank_{rank:02d}"] for rank in range(3)]
+        assert distances == pytest.approx([1.5, 52.0, math.nan], nan_ok=True)
+        meter.reset()
+        assert meter.summary() == {}
 
     def test_is_the_same_however_decisions_come_and_whenever_it_is_read(self) -> None:
         decisions = [some_decisions()[i % 3] for i in range(200)]

@@ -16,7 +16,8 @@ NAMES = {
     "AgreementLog": "(state, *targets, every=100, cosine_every=1000, rank=0)",
     "ConsensusAgreement": "(ratio=3.0)",
     "GAFState": "(process_group=None, tau=None, *, weighting=None, scope=None, exchange='auto', start_step=0, "
-    "wire_dtype=None, max_norm_ratio=10.0, vote_momentum=0.0, sketch_size=4096, watch=False, voters='rank')",
+    "wire_dtype=None, max_norm_ratio=10.0, vote_momentum=0.0, sketch_size=4096, watch=False, voters='rank', "
+    "max_consecutive_skips=None)",
     "Mean": "()",
     "MicrobatchFilter": "(parameters, tau=1.0, *, running='mean')",
     "NeighborhoodAgreement": "(tau)",
@@ -52,8 +53,9 @@ MEMBERS = {
     "Agreement": "agreed cosine distance flipped gramian kept nonfinite overlong stack voters weights",
     "AgreementLog": "cosine_every every rank state step",
     "ConsensusAgreement": "of_few ratio",
-    "GAFState": "agreement decisions exchange load_state_dict max_norm_ratio process_group scope sketch_size "
-    "start_step state_dict step summary tau vote_momentum voters watch weighting wire_dtype",
+    "GAFState": "agreement decisions exchange load_state_dict max_consecutive_skips max_norm_ratio "
+    "process_group report scope sketch_size start_step state_dict step summary tau vote_momentum voters watch "
+    "weighting wire_dtype",
     "Mean": "of_few",
     "MicrobatchFilter": "accumulate finish overflowed running tau",
     "NeighborhoodAgreement": "of_few tau",

@@ -176,11 +176,11 @@ class TestSummary:
         assert once["gaf/kept_fraction"] == 0.5
         assert state.summary() == {}
 
-    def test_waits_once(self) -> None:
+    def test_waits_for_the_statistics_and_for_where_ranks_stand(self) -> None:
         state = filled()
         with HostSyncs() as syncs:
             state.summary()
-        assert len(syncs.calls) == 1
+        assert len(syncs.calls) == 2
 
     @pytest.mark.parametrize(("agreed", "warns"), [(1, False), (0, True)])
     def test_warns_when_most_decisions_found_no_agreement(

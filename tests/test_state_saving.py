@@ -23,7 +23,7 @@ from tests.test_state import end_step, filled
 Ranks = Callable[..., list[Any]]
 
 
-KINDS = {"version": int, "step": int, "meter": dict, "memory": bytes}
+KINDS = {"version": int, "step": int, "meter": dict, "standing": dict, "memory": bytes}
 
 
 class TestStateDict:
@@ -66,9 +66,10 @@ class TestStateDict:
         empty, full = GAFState().state_dict(), filled(5).state_dict()
         for state_dict in (empty, full):
             assert {name: type(value) for name, value in state_dict.items()} == KINDS
-            assert state_dict["version"] == 1
-            assert state_dict["meter"].keys() == full["meter"].keys()
-            assert {type(numbers) for numbers in state_dict["meter"].values()} == {list}
+            assert state_dict["version"] == 2
+            for part in ("meter", "standing"):
+                assert state_dict[part].keys() == full[part].keys()
+                assert {type(numbers) for numbers in state_dict[part].values()} == {list}
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -79,13 +80,15 @@ class TestStateDict:
             ({"step": math.nan}, "state_dict's step must be an integer >= 0, found nan"),
             ({"step": 7.0}, "state_dict's step must be an integer >= 0, found 7.0"),
             ({"step": True}, "state_dict's step must be an integer >= 0, found True"),
-            ({"version": 2}, "state_dict's version must be 1, found 2"),
-            ({"version": None}, "state_dict's version must be 1, found None"),
+            ({"version": 1}, "state_dict's version must be 2, found 1"),
+            ({"version": None}, "state_dict's version must be 2, found None"),
             ({"meter": {}}, "meter must hold lists of numbers as state_dict() returns them, found {}"),
             ({"meter": None}, "meter must hold lists of numbers as state_dict() returns them, found None"),
+            ({"standing": {}}, "standing must hold lists of numbers as state_dict() returns them, found {}"),
+            ({"standing": {"kept": [1.0]}}, "standing must hold lists of numbers as state_dict() returns them"),
             ({"memory": None}, "state_dict's memory must be bytes, found None"),
             ({"memory": "text"}, "state_dict's memory must be bytes, found 'text'"),
-            ({"tau": 0.5}, "state_dict must hold ['memory', 'meter', 'step', 'version'], found"),
+            ({"tau": 0.5}, "state_dict must hold ['memory', 'meter', 'standing', 'step', 'version'], found"),
         ],
         ids=lambda value: str(value) if isinstance(value, dict) else "",
     )
@@ -102,7 +105,7 @@ class TestStateDict:
         state, whole = filled(3), filled(5).state_dict()
         before = state.state_dict()
         with pytest.raises(
-            ValueError, match=r"state_dict must hold \['memory', 'meter', 'step', 'version'\], found"
+            ValueError, match=r"state_dict must hold \['memory', 'meter', 'standing', 'step', 'version'\], found"
         ):
             state.load_state_dict({name: value for name, value in whole.items() if name != missing})
         assert state.state_dict() == before
@@ -118,7 +121,7 @@ class TestStateDict:
     @pytest.mark.parametrize("none", [None, [], "version", 3])
     def test_must_be_a_dictionary(self, none: Any) -> None:
         with pytest.raises(
-            ValueError, match=r"state_dict must hold \['memory', 'meter', 'step', 'version'\], found"
+            ValueError, match=r"state_dict must hold \['memory', 'meter', 'standing', 'step', 'version'\], found"
         ):
             GAFState().load_state_dict(none)
 

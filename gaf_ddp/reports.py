@@ -1,0 +1,75 @@
+"""What people are told of the ranks, as text and as plain dictionaries."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RankStanding:
+    """One rank. Counts are of decisions; a step leaves a rank out if most of its decisions gave it no weight.
+
+    Attributes:
+        host: the name of its machine; empty before the first bucket.
+        kept: share of decisions in which it was kept.
+        distance: mean z of the last 100 steps or so, each at most 100; None for rules that know none.
+        trend: how much that changes in 100 steps; None before it was judged in some 50.
+        nonfinite, overlong, zero, flipped: decisions in which its gradient was that.
+        first_out: the first step that left it out, None if none did.
+        out_since: the step since which every one left it out, None if the last one did not.
+        longest_out: the most steps in a row that did.
+    """
+
+    rank: int
+    host: str
+    kept: float
+    distance: float | None
+    trend: float | None
+    nonfinite: int
+    overlong: int
+    zero: int
+    flipped: int
+    first_out: int | None
+    out_since: int | None
+    longest_out: int
+
+    def __str__(self) -> str:
+        """Return one line."""
+        line = f"rank {self.rank}{f' on {self.host}' if self.host else ''}: kept {100 * self.kept:.0f} %"
+        if self.distance is not None:
+            line += f", z {self.distance:.1f}"
+        if self.trend is not None:
+            line += f" ({self.trend:+.1f} in 100 steps)"
+        counts = {
+            "not finite": self.nonfinite,
+            "too long": self.overlong,
+            "zero": self.zero,
+            "flipped": self.flipped,
+        }
+        line += "".join(f", {name} {count} times" for name, count in counts.items() if count)
+        return line if self.out_since is None else f"{line}, out since step {self.out_since}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where each rank stands after so many steps, by so many decisions; `str` names the ranks that matter."""
+
+    step: int
+    decisions: int
+    ranks: list[RankStanding]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the same in plain dictionaries, as JSON can hold them."""
+        return asdict(self)
+
+    def out_for(self, steps: int) -> list[RankStanding]:
+        """Return who has been out for at least so many steps in a row, up to now."""
+        return [each for each in self.ranks if each.out_since is not None and self.step - each.out_since >= steps]
+
+    def __str__(self) -> str:
+        """Return a line for each rank that is out, is kept rarely, or was not finite."""
+        out = self.out_for(10)
+        matter = [each for each in self.ranks if each in out or each.kept < 0.9 or each.nonfinite]
+        first = f"step {self.step}, {self.decisions} decisions, {len(self.ranks)} ranks"
+        if not matter:
+            return f"{first}: all are kept" if self.decisions else first
+        return "\n".join([f"{first}:", *(f"  {each}" for each in sorted(matter, key=lambda each: each.kept))])
