@@ -56,11 +56,12 @@ def connect(state: GAFState, bucket: Any) -> Pipeline:
 
 def shared(state: GAFState, weighting: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, object]:
     """Return what must be the same on every rank when it decides by this weighting."""
-    names = (*_LASTING, "start_step", "max_norm_ratio", "vote_momentum", "voters", "max_consecutive_skips")
+    names = (*_LASTING, "start_step", "max_norm_ratio", "vote_momentum", "voters", "check_every")
     return {
         "tau": getattr(weighting, "tau", "none") if callable(state.tau) else state.tau,
         "weighting": describe(weighting),
         **{name: getattr(state, name) for name in names},
+        "max_consecutive_skips": state.max_consecutive_skips,
         "skip_on_disagreement": state._skips,
         "fused kernels": kernels(device.type) is not None,
         **versions(),

@@ -69,6 +69,8 @@ def filter_fsdp(model: nn.Module, state: GAFState) -> GAFState:
     require(state.scope != "model", rule, state.scope)
     rule = "wire_dtype must be None under fully_shard: use MixedPrecisionPolicy(reduce_dtype=...)"
     require(state.wire_dtype is None, rule, state.wire_dtype)
+    rule = "check_every must be None under fully_shard, whose parameters are no replicas"
+    require(state.check_every is None, rule, state.check_every)
     if state._pipeline is not None:
         raise ValueError("state must be of one model alone, found one that filters another, or this already")
     units = units_of(model)

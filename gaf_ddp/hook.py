@@ -59,19 +59,26 @@ def gaf_hook(
         raise TypeError("gradients must be dense, found a sparse one, as nn.Embedding(sparse=True) makes")
     pipeline = connect(state, bucket)
     arrival = pipeline.take(bucket, state.step)
-    pipeline.lane.run(partial(_filter, state, pipeline, arrival))
+    in_backward = at_end_of_backward(partial(_finish, state, pipeline))
+    pipeline.lane.run(partial(_filter, state, pipeline, arrival, in_backward))
     if arrival.is_last:
         # DDP copies one bucket's result into the gradients while others' are on their way. Not so in the first
         # step: ranks that fail there must not enter the next forward, where DDP broadcasts new buckets.
         pipeline.lane.run(pipeline.land, awaited=pipeline.first_step)
-    if not at_end_of_backward(partial(_finish, state, pipeline)):
+    if not in_backward:
         pipeline.lane.wait()
     return pipeline.lane.result(arrival.promise)
 
 
-def _filter(state: GAFState, pipeline: Pipeline, arrival: Arrival) -> None:
+def _filter(state: GAFState, pipeline: Pipeline, arrival: Arrival, in_backward: bool) -> None:
     """Receive one bucket's rows; once a decision is due, take it for every bucket that waits for it."""
     with named(arrival.name):
+        if arrival.is_first:
+            # Before any bucket is handed back, after which the parameters may change. A rank outside of backward
+            # is in DDP's Join, and stays as it is while the others train.
+            parameters = [parameter for decision in state.decisions for parameter in decision.parameters]
+            hosts = state._statistics.hosts
+            state._replicas.start(state.step, parameters, pipeline.lane.group, hosts, in_backward)
         arrivals = pipeline.measure(arrival)
         if arrivals:
             _decide(state, pipeline, arrivals)

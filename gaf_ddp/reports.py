@@ -73,3 +73,54 @@ class Report:
         if not matter:
             return f"{first}: all are kept" if self.decisions else first
         return "\n".join([f"{first}:", *(f"  {each}" for each in sorted(matter, key=lambda each: each.kept))])
+
+
+@dataclass(frozen=True)
+class RankAudit:
+    """One rank in an audit.
+
+    Attributes:
+        host: the name of its machine.
+        equal: whether its gradient is the reference's, to the bit.
+        difference: |gradient − reference| / |reference|, inf where either is not finite.
+        parameter: where it differs most, None where it does not.
+    """
+
+    rank: int
+    host: str
+    equal: bool
+    difference: float
+    parameter: str | None
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """What an audit found; the reference is the majority's gradient, or without one rank 0's."""
+
+    has_majority: bool
+    ranks: list[RankAudit]
+
+    @property
+    def equal(self) -> bool:
+        """Whether all ranks have the same gradient, to the bit."""
+        return all(each.equal for each in self.ranks)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the same in plain dictionaries."""
+        return {"equal": self.equal, **asdict(self)}
+
+    def require_equal(self) -> None:
+        """Raise RuntimeError, which names the ranks that differ, unless all are equal."""
+        if not self.equal:
+            raise RuntimeError(f"gradients of one batch must be the same on every rank, found {self}")
+
+    def __str__(self) -> str:
+        """Return one line."""
+        if self.equal:
+            return f"the same gradient on all {len(self.ranks)} ranks"
+        different = [
+            f"rank {each.rank} ({each.host}) off by {each.difference:.1e}, most in {each.parameter}"
+            for each in self.ranks
+            if not each.equal
+        ]
+        return "; ".join(different) + ("" if self.has_majority else "; no majority, relative to rank 0")

@@ -49,6 +49,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "sketch_size": ("an integer >= 64", lambda value: _count(value, 64)),
     "voters": ("'rank' or 'host'", lambda value: value in ("rank", "host")),
     "watch": ("True or False", lambda value: isinstance(value, bool)),
+    "check_every": ("None or an integer >= 1", lambda value: value is None or _count(value, 1)),
     "max_consecutive_skips": ("None or an integer >= 0", lambda value: value is None or _count(value, 0)),
 }
 

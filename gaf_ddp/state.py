@@ -15,6 +15,7 @@ from gaf_ddp.consensus import ConsensusAgreement
 from gaf_ddp.hosts import ByHosts
 from gaf_ddp.judges import ByConsensus, ByGradients, ByMomenta, Judge
 from gaf_ddp.pipeline import Decision, Way
+from gaf_ddp.replicas import ReplicaCheck
 from gaf_ddp.reports import Report
 from gaf_ddp.saved import VERSION, require_saved
 from gaf_ddp.settings import require
@@ -53,6 +54,8 @@ class GAFState:
             for sketch's. What float16 cannot hold, beyond 65504 or below 6e-8, becomes inf or 0.
         max_norm_ratio: a rank whose gradient is longer than this many lower median norms has no vote; None is no
             guard.
+        check_every: compare the bits of all ranks' parameters every so many steps, as `check_replicas` does, which
+            says more; on accelerators what was found is raised at the next check or `summary()`.
         max_consecutive_skips: end with RuntimeError, on every rank, once nothing agreed in more steps in a row; on
             accelerators at the next `summary()`, `report()`, or skip that waits for the device.
 
@@ -91,6 +94,7 @@ class GAFState:
         sketch_size: int = 4096,
         watch: bool = False,
         voters: Literal["rank", "host"] = "rank",
+        check_every: int | None = None,
         max_consecutive_skips: int | None = None,
     ) -> None:
         settings.require_valid(
@@ -105,6 +109,7 @@ class GAFState:
             sketch_size=sketch_size,
             watch=watch,
             voters=voters,
+            check_every=check_every,
             max_consecutive_skips=max_consecutive_skips,
         )
         require(weighting is None or tau is None, "tau and weighting exclude each other: tau must be None", tau)
@@ -121,11 +126,13 @@ class GAFState:
         self.sketch_size = sketch_size
         self.watch = watch
         self.voters = voters
+        self.check_every = check_every
         self.max_consecutive_skips = max_consecutive_skips
 
         self.step = 0
         self.decisions: list[Decision] = []
         self._statistics = Statistics()
+        self._replicas = ReplicaCheck(check_every)
         self._judge = self._new_judge()
         self._skips = 0  # optimizers whose steps are left out by what this state decides
         self._awaits_hook = False  # attached, and no step since
@@ -150,11 +157,12 @@ class GAFState:
 
         Raises:
             ValueError: ranks decided by unlike settings, or a weighting returned what is no weight.
-            RuntimeError: nothing agreed in more than `max_consecutive_skips` steps in a row.
+            RuntimeError: nothing agreed in more than `max_consecutive_skips` steps in a row, or replicas differ.
         """
         if self._awaits_hook:
             warnings.warn("gaf_ddp: attached, but no gradient came: is the wrapped model called?", stacklevel=2)
             self._awaits_hook = False
+        self._replicas.finish()
         return self._statistics.summary(self.step, self.max_consecutive_skips, reset)
 
     def report(self) -> Report:

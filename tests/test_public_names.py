@@ -17,13 +17,15 @@ NAMES = {
     "ConsensusAgreement": "(ratio=3.0)",
     "GAFState": "(process_group=None, tau=None, *, weighting=None, scope=None, exchange='auto', start_step=0, "
     "wire_dtype=None, max_norm_ratio=10.0, vote_momentum=0.0, sketch_size=4096, watch=False, voters='rank', "
-    "max_consecutive_skips=None)",
+    "check_every=None, max_consecutive_skips=None)",
     "Mean": "()",
     "MicrobatchFilter": "(parameters, tau=1.0, *, running='mean')",
     "NeighborhoodAgreement": "(tau)",
     "SequentialAgreement": "(tau, running='mean')",
     "Weighting": "()",
     "attach": "(model, optimizer=None, *, state=None, **settings)",
+    "audit": "(model, step, batch=(), group=None)",
+    "check_replicas": "(model, optimizer=None, group=None)",
     "combine": "(rows, weights, out=None)",
     "filter_fsdp": "(model, state)",
     "filter_gradients": "(rows, weighting)",
@@ -53,7 +55,7 @@ MEMBERS = {
     "Agreement": "agreed cosine distance flipped gramian kept nonfinite overlong stack voters weights",
     "AgreementLog": "cosine_every every rank state step",
     "ConsensusAgreement": "of_few ratio",
-    "GAFState": "agreement decisions exchange load_state_dict max_consecutive_skips max_norm_ratio "
+    "GAFState": "agreement check_every decisions exchange load_state_dict max_consecutive_skips max_norm_ratio "
     "process_group report scope sketch_size start_step state_dict step summary tau vote_momentum voters watch "
     "weighting wire_dtype",
     "Mean": "of_few",
