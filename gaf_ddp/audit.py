@@ -36,7 +36,7 @@ def audit(
     Args:
         model: under DDP, or another with the same parameters on every rank; on one device.
         step: computes the loss of a batch through the model, as in training, but without backward. Checkpoints in
-            it must have `use_reentrant=False`.
+            it must have `use_reentrant=False`. With DDP's static_graph not before the first step of training.
         batch: what step is called with, on the model's device; of rank 0 everywhere.
         group: None is DDP's own, or the default group.
 

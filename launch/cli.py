@@ -136,6 +136,13 @@ def _add_job(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--eval-every", type=_number(int, 1), default=None, help="steps; unset: a 20th of them")
     add("--checkpoint-every", type=_number(int, 1), default=None, help="steps; unset: every 5 evaluations")
+    add("--check-every", type=_number(int, 1), default=None, help="steps; compare replicas; unset: never")
+    add(
+        "--audit-every",
+        type=_number(int, 1),
+        default=None,
+        help="steps; the same batch on all ranks; unset: never",
+    )
     add("--out", type=Path, default=None, help="folder for all results; unset: runs/DATE-TIME")
     add("--resume", action="store_true", help="go on from --out's checkpoint, if there is one")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if every rank gets a GPU")

@@ -10,6 +10,7 @@ from launch.errors import SettingsError
 
 # A job stopped and resumed may change these: they have no part in the numbers it computes.
 FREE_TO_CHANGE = ("data_dir", "download", "workers", "device", "out", "resume", "checkpoint_every", "world")
+FREE_TO_CHANGE += ("check_every", "audit_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,8 @@ class Settings:
 
     eval_every: int | None
     checkpoint_every: int | None
+    check_every: int | None
+    audit_every: int | None
     out: Path | None
     resume: bool
     device: str

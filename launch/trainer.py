@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from gaf_ddp import audit, check_replicas
 from launch.batches import RandomBatches, augment, batches, source
 from launch.data import Data, Split
 from launch.labels import add_label_noise, shift_labels
@@ -53,6 +54,7 @@ class Trainer:
             self._scaler.update()
             self.optimizer.zero_grad()
             self._schedule.step()
+            self._watch(step, batch)
             yield step
 
     def evaluate(self, step: int) -> Record:
@@ -120,9 +122,19 @@ class Trainer:
     def _moved(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.here.device, non_blocking=True)
 
-    def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _watch(self, step: int, batch: tuple[Tensor, Tensor]) -> None:
+        """Compare the replicas, and what ranks make of one batch, where the user wants it."""
+        if self.plan.check_every and step % self.plan.check_every == 0:
+            together(lambda: check_replicas(self.model, self.optimizer))
+        if self.plan.audit_every and step % self.plan.audit_every == 0:
+            together(lambda: audit(self.model, self._loss_of, batch).require_equal())
+
+    def _loss_of(self, images: Tensor, labels: Tensor) -> Tensor:
         with self._autocast():
-            loss = functional.cross_entropy(self.model(images), labels)
+            return functional.cross_entropy(self.model(images), labels)
+
+    def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
+        loss = self._loss_of(images, labels)
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
