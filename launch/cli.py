@@ -141,7 +141,7 @@ def _add_job(group: argparse._ArgumentGroup) -> None:
         "--audit-every",
         type=_number(int, 1),
         default=None,
-        help="steps; the same batch on all ranks; unset: never",
+        help="steps; one batch on all ranks; unset: never",
     )
     add("--out", type=Path, default=None, help="folder for all results; unset: runs/DATE-TIME")
     add("--resume", action="store_true", help="go on from --out's checkpoint, if there is one")

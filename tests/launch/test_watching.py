@@ -13,7 +13,7 @@ JOB = ["--compare", "average,gaf", "--seeds", 1, "--steps", 12, "--check-every",
 
 
 def _rank_1_is_broken(device: torch.device, port: int, arguments: list[str]) -> Outcome:
-    """Run the job; on rank 1, from its sixth backward on, either the weights or the arithmetic are a little off."""
+    """Run the job; on rank 1, from its sixth backward on, weights or arithmetic are a little off."""
     how, backward, count = arguments.pop(), Trainer._backward, 0
 
     def broken(self: Trainer, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
