@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gaf_ddp.collectives import all_gather_text
+from gaf_ddp.consensus import ConsensusAgreement
 from gaf_ddp.device import on_host
 from gaf_ddp.weighting import Weighting
 
@@ -85,6 +86,13 @@ def resolve(
     rule = "watch is for exchange 'sketch'" if watch else "voters='host' is for exchange 'sketch'"
     require(not sketched or exchange == "sketch", rule, exchange)
     return scope, exchange
+
+
+def consensus_ratio(tau: object, weighting: object) -> float | None:
+    """Return the consensus rule's ratio, None for other rules."""
+    if tau is None and weighting is None:
+        return ConsensusAgreement().ratio
+    return weighting.ratio if type(weighting) is ConsensusAgreement else None
 
 
 def describe(weighting: Callable[[Tensor], Tensor]) -> str:

@@ -97,26 +97,12 @@ class GAFState:
         check_every: int | None = None,
         max_consecutive_skips: int | None = None,
     ) -> None:
-        settings.require_valid(
-            process_group=process_group,
-            weighting=weighting,
-            scope=scope,
-            exchange=exchange,
-            start_step=start_step,
-            wire_dtype=wire_dtype,
-            max_norm_ratio=max_norm_ratio,
-            vote_momentum=vote_momentum,
-            sketch_size=sketch_size,
-            watch=watch,
-            voters=voters,
-            check_every=check_every,
-            max_consecutive_skips=max_consecutive_skips,
-        )
+        settings.require_valid(**{name: value for name, value in locals().items() if name in settings.RULES})
         require(weighting is None or tau is None, "tau and weighting exclude each other: tau must be None", tau)
         self.process_group = process_group
         self.tau = tau if tau is None or callable(tau) else require_tau(tau)
         self.weighting = weighting
-        self._ratio = _consensus_ratio(tau, weighting)
+        self._ratio = settings.consensus_ratio(tau, weighting)
         is_consensus = self._ratio is not None
         self.scope, self.exchange = settings.resolve(is_consensus, scope, exchange, vote_momentum, watch, voters)
         self.start_step = start_step
@@ -232,10 +218,3 @@ class GAFState:
         if decided:
             agreements = [(decision.agreement, numbers) for decision, numbers in decided]
             self._statistics.record(self.step - 1, agreements, self.max_consecutive_skips)
-
-
-def _consensus_ratio(tau: object, weighting: object) -> float | None:
-    """Return the consensus rule's ratio, None for other rules."""
-    if tau is None and weighting is None:
-        return ConsensusAgreement().ratio
-    return weighting.ratio if type(weighting) is ConsensusAgreement else None
