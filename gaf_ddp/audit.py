@@ -52,16 +52,14 @@ def audit(
     device = next(iter(named.values())).device
     hosts = all_gather_text(own_host(), group, device)
     batch = _from_first(batch, group, device)
-    gradients, problem = [], ""
+    gradients: list[Tensor | None] = []
+    failure: Exception | None = None
     with _as_on_first(model, group, device):
         try:
             gradients = list(torch.autograd.grad(step(*batch), list(named.values()), allow_unused=True))
-        except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
-            caught: Exception | None = error
-        else:
-            caught = None
-    _require_done(all_gather_text(problem, group, device), caught)
+        except Exception as error:  # whatever it is, the others must not wait for this rank
+            failure = error
+    _require_done(failure, group, device)
     values = gathered(hash_bits(gradients, device)[None], group).flatten().tolist()
     common = majority(values)
     reference = 0 if common is None else values.index(common)
@@ -77,10 +75,12 @@ def audit(
     return AuditReport(common is not None, ranks)
 
 
-def _require_done(problems: list[str], caught: Exception | None) -> None:
-    for rank, problem in enumerate(problems):
+def _require_done(failure: Exception | None, group: dist.ProcessGroup, device: torch.device) -> None:
+    """Raise RuntimeError on every rank if one failed."""
+    own = json.dumps(failure and f"{type(failure).__name__}: {failure}")
+    for rank, problem in enumerate(map(json.loads, all_gather_text(own, group, device))):
         if problem:
-            raise RuntimeError(f"step must succeed on every rank, found on rank {rank} {problem}") from caught
+            raise RuntimeError(f"step must succeed on every rank, found on rank {rank} {problem}") from failure
 
 
 @contextmanager
@@ -144,7 +144,7 @@ def _differences(
         theirs = own.detach().clone()
         dist.broadcast(theirs, group=group, group_src=reference)
         squares.append(torch.stack([(own.double() - theirs).square().sum(), theirs.double().square().sum()]))
-    apart, whole = torch.stack(squares).nan_to_num(nan=torch.inf).T
-    off = (apart.sum() / whole.sum()).sqrt().nan_to_num(nan=torch.inf)
+    apart, whole = torch.stack(squares).nan_to_num(torch.inf, torch.inf).T
+    off = (apart.sum() / whole.sum()).sqrt().nan_to_num(torch.inf, torch.inf)
     everyone = gathered(torch.stack([off, apart.argmax().double()]), group).tolist()
     return [(off, int(worst)) for off, worst in everyone]
