@@ -1,5 +1,6 @@
 """Where each rank stands over a whole job: how often it was kept, how far it is, and since when it is out."""
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
@@ -11,6 +12,7 @@ from gaf_ddp.agreement import Agreement
 from gaf_ddp.meter import FARTHEST, most_pending
 from gaf_ddp.reports import RankStanding, Report
 from gaf_ddp.saved import require_numbers
+from gaf_ddp.settings import require
 
 _COUNTS = ("kept", "nonfinite", "overlong", "zero", "flipped")  # decisions
 _OUT = ("first_out", "out_since", "longest_out")  # steps; -1 where there is none
@@ -69,6 +71,9 @@ class Standing:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore it; ValueError if state is not what `state_dict` returns, nothing is changed then."""
         require_numbers("standing", state, _BY_RANK, ("decisions", "last"))
+        numbers = [number for each in state.values() for number in each]
+        sound = all(map(math.isfinite, numbers)) and all(number >= 1 for number in state["decisions"])
+        require(sound, "standing must hold finite numbers, of one decision or more", state)
         self.__init__()  # type: ignore[misc]
         if state["kept"]:
             self._numbers = torch.tensor([state[name] for name in _BY_RANK], dtype=torch.float64)

@@ -111,7 +111,12 @@ tensors = st.builds(
 
 
 @fuzzed(60)
-@given(st.sampled_from(["version", "step", "meter", "memory", "meter.kept", "meter.cosine", "new"]), anything)
+@given(
+    st.sampled_from(
+        ["version", "step", "meter", "memory", "meter.kept", "meter.cosine", "standing", "standing.kept", "new"]
+    ),
+    anything,
+)
 def test_a_state_refuses_what_it_did_not_save_and_stays_as_it_was(where: str, value: Any) -> None:
     state = filled()
     before, found = state.state_dict(), copy.deepcopy(state.state_dict())
