@@ -18,6 +18,9 @@ KINDS = {  # what an arm's kind means, and its colour
 }
 
 
+MOST_PANELS = 4  # in a line
+
+
 def draw(group: str, question: str, tables: Tables, path: Path) -> None:
     """Draw a group's picture."""
     import matplotlib as mpl
@@ -33,12 +36,16 @@ def draw(group: str, question: str, tables: Tables, path: Path) -> None:
 
 def _bars(pyplot: Any, tables: Tables) -> Any:
     """Return a panel per experiment, a bar per arm; the oracle is a line."""
-    size = (3.1 + 2.5 * len(tables), 0.9 + 0.27 * max(len(table) for _, table in tables))
-    grid = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
-    figure, axes = pyplot.subplots(1, len(tables), figsize=size, **grid)
     arms = [arm for arm in ARMS if arm != "oracle" and any(arm in table for _, table in tables)]
-    for axis, (experiment, table) in zip(axes[0], tables, strict=True):
+    columns = min(len(tables), MOST_PANELS)
+    rows = -(-len(tables) // columns)
+    size = (3.1 + 2.5 * columns, 0.9 + 0.27 * len(arms) * rows)
+    grid = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, **grid)
+    for axis, (experiment, table) in zip(axes.flat, tables, strict=False):
         _bar_panel(axis, experiment, table, arms)
+    for axis in axes.flat[len(tables) :]:
+        axis.set_axis_off()
     axes[0][0].set_yticks(range(len(arms)), [title_of(tables[0][0], arm) for arm in arms], fontsize=8)
     shown = dict.fromkeys(row.kind for _, table in tables for row in table.values() if row.kind != "oracle")
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=KINDS[kind][1]) for kind in shown]
@@ -88,7 +95,7 @@ def _heatmap(pyplot: Any, tables: Tables) -> Any:
 
     colors = LinearSegmentedColormap.from_list("", SHADES)
     colors.set_bad("#eeeeee")
-    figure, axes = pyplot.subplots(1, 2, figsize=(14, 5.4), layout="constrained", sharey=True)
+    figure, axes = pyplot.subplots(1, 2, figsize=(15.5, 5.4), layout="constrained", sharey=True)
     for axis, rank, place in zip(axes, (0, 7), ("first", "last"), strict=True):
         shown = {e.notes["fault"]: table for e, table in tables if e.notes["rank"] == rank}
         columns = [arm for arm in COLUMNS if any(arm in table for table in shown.values())]
