@@ -24,7 +24,7 @@ def text() -> list[Experiment]:
             ARMS,
             tau=0.9,
             bad=labels.ranks,
-            lrs=(5e-3, 1e-2),
+            lrs=(5e-3, 1e-2, 2e-2),
             seeds=2 if labels is own else 3,
             notes={"panel": name},
         )

