@@ -68,12 +68,12 @@ def can_skip(state: GAFState) -> bool:
     return state._ratio is None
 
 
-def _find(model: Any) -> nn.Module:
+def _find(model: nn.Module) -> nn.Module:
     """Return the model of DDP or fully_shard that is wrapped here; raise TypeError if there is none."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
     while not isinstance(model, DistributedDataParallel):
-        children = dict(model.named_children())
+        children: dict[str, nn.Module] = dict(model.named_children())
         inner = next((children[name] for name in _WRAPPED if name in children), None)
         if inner is None:
             break

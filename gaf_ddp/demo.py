@@ -17,7 +17,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -126,8 +125,9 @@ def _spawn(plan: Plan) -> None:
     """Start the ranks, which meet on this machine alone."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     with tempfile.TemporaryDirectory() as folder:
-        spawn: Any = torch.multiprocessing.spawn  # without types
-        spawn(_spawned, (plan, str(Path(folder) / "store")), nprocs=plan.ranks)
+        torch.multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call, unused-ignore]
+            _spawned, (plan, str(Path(folder) / "store")), nprocs=plan.ranks
+        )
 
 
 def parse(arguments: Sequence[str] | None, world: int | None) -> Plan:

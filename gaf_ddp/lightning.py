@@ -13,7 +13,7 @@ from gaf_ddp.state import GAFState
 try:
     from lightning.pytorch import Callback
 except ModuleNotFoundError:
-    from pytorch_lightning import Callback
+    from pytorch_lightning import Callback  # the same, under its older name
 
 
 class AgreementCallback(Callback):  # type: ignore[misc]

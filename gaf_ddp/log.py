@@ -81,8 +81,9 @@ class AgreementLog:
         if step // self.every != self._written // self.every:
             self._written = step
             record = self._record(step)
-            for write in self._writers if record else ():
-                write(record)
+            if record is not None:
+                for write in self._writers:
+                    write(record)
 
     def _writes(self) -> bool:
         if self.rank is None or not dist.is_initialized():
@@ -126,9 +127,8 @@ class AgreementLog:
         columns = {name: [_plain(count / decisions) for count in sums[name]] for name in SHARES}
         columns["flipped"] = now["flipped"]
         columns["distance"], columns["trend"] = now["distance"], self._trends(step, now["distance"])
-        report = getattr(self.state, "report", None)
-        reported = report().as_dict()["ranks"] if report else [{}] * len(columns["kept"])
-        columns |= {name: [rank.get(name) for rank in reported] for name in _OF_REPORT}
+        reported = self.state.report().as_dict()["ranks"]
+        columns |= {name: [rank[name] for rank in reported] for name in _OF_REPORT}
         return [
             {"rank": rank, **dict(zip(columns, values, strict=True))}
             for rank, values in enumerate(zip(*columns.values(), strict=True))

@@ -41,7 +41,7 @@ def check_replicas(
     group = group or getattr(model, "process_group", None) or dist.group.WORLD
     assert group is not None
     device = parameters[0].device
-    parts = {"parameters": parameters, "the optimizer's state": _state_of(optimizer)}
+    parts: dict[str, Sequence[Tensor]] = {"parameters": parameters, "the optimizer's state": _state_of(optimizer)}
     everyone = gathered(torch.stack([hash_bits(part, device) for part in parts.values()]), group).tolist()
     for name, values in zip(parts, zip(*everyone, strict=True), strict=True):
         if len(set(values)) > 1:

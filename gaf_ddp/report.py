@@ -71,8 +71,9 @@ def _parse(line: bytes, where: str) -> Record:
     if record[KEY] != FORMAT:
         raise LogError(f"{where} must be of version {FORMAT}, found {record[KEY]!r}")
     ranks = record.get("ranks")
-    whole = record.keys() >= _NAMES and isinstance(ranks, list) and ranks
-    if not whole or not all(isinstance(rank, dict) and rank.keys() >= _OF_RANK for rank in ranks):
+    if not (record.keys() >= _NAMES and isinstance(ranks, list) and ranks) or not all(
+        isinstance(rank, dict) and rank.keys() >= _OF_RANK for rank in ranks
+    ):
         raise LogError(f"{where} must hold {sorted(_NAMES)} and of each rank {sorted(_OF_RANK)}")
     return record
 

@@ -9,8 +9,8 @@ from typing import Literal
 from launch.errors import SettingsError
 
 # A job stopped and resumed may change these: they have no part in the numbers it computes.
-FREE_TO_CHANGE = ("data_dir", "download", "workers", "device", "out", "resume", "checkpoint_every", "world")
-FREE_TO_CHANGE += ("check_every", "audit_every")
+FREE_TO_CHANGE = ("data_dir", "download", "workers", "device", "out", "resume", "checkpoint_every", "world",
+                  "check_every", "audit_every")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

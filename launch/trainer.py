@@ -135,7 +135,7 @@ class Trainer:
 
     def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
         loss = self._loss_of(images, labels)
-        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self._scaler.scale(loss).backward()
         return loss.detach()
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:

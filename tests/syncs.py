@@ -61,7 +61,7 @@ class _Functions(TorchFunctionMode):
             self._syncs._inside = False
 
 
-class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Operators(TorchDispatchMode):
     def __init__(self, syncs: HostSyncs) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._syncs = syncs

@@ -53,9 +53,9 @@ def _raised(kind: type[Exception], call: Callable[[], Any]) -> str:
 
 def finds(device: torch.device) -> None:
     """Every wrapper: the state is that of the model inside, which has the hook then."""
-    wrappers: dict[str, Callable[[nn.Module], nn.Module]] = {
+    wrappers: dict[str, Callable[[nn.Module], Any]] = {
         "plain": lambda model: model,
-        "compiled": lambda model: torch.compile(model, backend="eager"),  # type: ignore[return-value]
+        "compiled": lambda model: torch.compile(model, backend="eager"),
         "held": Holder,
         "held, compiled": lambda model: Holder(torch.compile(model, backend="eager")),  # type: ignore[arg-type]
     }

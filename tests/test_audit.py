@@ -142,7 +142,8 @@ def fail_in_a_step(device: torch.device) -> list[str]:
     def step(fails: bool) -> Tensor:
         if fails and dist.get_rank() == 1:
             raise LookupError("no such layer")
-        return model(torch.ones(3, 12, device=device)).sum()
+        loss: Tensor = model(torch.ones(3, 12, device=device)).sum()
+        return loss
 
     return [error_of(lambda fails=fails: audit(model, lambda: step(fails))) for fails in (True, False)]  # type: ignore[misc]
 

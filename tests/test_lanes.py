@@ -55,7 +55,7 @@ def train_with_delays(device: torch.device, steps: int, scope: str) -> tuple[int
     model.register_comm_hook(state, gaf_hook)
     chance = random.Random(dist.get_rank())
     for p in model.parameters():  # backward computes for a while
-        p.register_post_accumulate_grad_hook(lambda p: time.sleep(chance.uniform(0, 0.003)))  # type: ignore[no-untyped-call]
+        p.register_post_accumulate_grad_hook(lambda p: time.sleep(chance.uniform(0, 0.003)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     x = torch.randn(3, 12, generator=torch.Generator().manual_seed(dist.get_rank())).to(device)
     for _ in range(steps):
@@ -129,7 +129,7 @@ def break_off(device: torch.device, folder: Path, scope: str) -> tuple[int, int,
         if len(calls) == 3:
             raise BackwardError
 
-    handle = first.register_post_accumulate_grad_hook(fail)  # type: ignore[no-untyped-call]  # the last to get its gradient
+    handle = first.register_post_accumulate_grad_hook(fail)  # the last to get its gradient
     with pytest.raises(BackwardError):
         train(module, state, device, 3)
     handle.remove()

@@ -15,7 +15,7 @@ WORLD = 4
 
 def record(step: int, kept: list[float], **more: Any) -> dict[str, Any]:
     """Return a record; `more` are columns of the ranks, or the record's own."""
-    columns = {
+    columns: dict[str, list[Any]] = {
         "kept": kept,
         "host": [f"node-{rank // 2}" for rank in range(len(kept))],
         "distance": [1.0] * len(kept),

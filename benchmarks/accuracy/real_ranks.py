@@ -51,7 +51,7 @@ class RealRank:
         """Train one step; return which ranks were kept, `(W,)`, None without a filter."""
         images, labels = self._task.batch(dist.get_rank(), index)
         self._optimizer.zero_grad()
-        cross_entropy(self._ddp(images), labels).backward()  # type: ignore[no-untyped-call]
+        cross_entropy(self._ddp(images), labels).backward()
         self._optimizer.step()
         return None if self.state is None or self.state.agreement is None else self.state.agreement.kept
 

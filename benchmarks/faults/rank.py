@@ -42,7 +42,7 @@ class Net(nn.Module):
         return x
 
     def _tell(self, x: Tensor, where: str) -> None:
-        x.register_hook(lambda gradient: self._breaking.at(where))  # type: ignore[no-untyped-call]
+        x.register_hook(lambda gradient: self._breaking.at(where))
 
 
 def train(setup: str, fault: Fault, rank: int, folder: Path, host: tuple[str, str] | None) -> None:

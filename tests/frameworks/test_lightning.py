@@ -76,7 +76,7 @@ def fit(package: Any, folder: str, callback: Any, epochs: int, path: str | None 
 def equals_the_loop(device: torch.device, folder: str, packages: list[str]) -> None:
     """Trainer and Fabric end with the loop's parameters, for each rule; the Trainer's loggers get the summary."""
     as_torchrun()
-    data = DataLoader(batches(dist.get_rank(), STEPS), batch_size=None)  # type: ignore[arg-type]
+    data: DataLoader[Any] = DataLoader(batches(dist.get_rank(), STEPS), batch_size=None)  # type: ignore[arg-type]
     for settings in RULES:
         expected = by_hand(device, settings)
         for name in packages:
@@ -126,7 +126,7 @@ def resumes(device: torch.device, folder: str) -> None:
 def refuses(device: torch.device, folder: str) -> None:
     strategy = lightning.strategies.DDPStrategy(ddp_comm_hook=gaf_hook)
     trainer = trainer_of(lightning, folder, AgreementCallback(), strategy=strategy, devices=2, max_steps=1)
-    data = DataLoader(batches(0, 1), batch_size=None)  # type: ignore[arg-type]
+    data: DataLoader[Any] = DataLoader(batches(0, 1), batch_size=None)  # type: ignore[arg-type]
     with pytest.raises(
         ValueError, match="ddp_comm_hook must be None beside this callback, found <function gaf_hook"
     ):
@@ -150,7 +150,7 @@ def test_fits_resumes_and_refuses(gloo_ranks: Ranks, tmp_path: Path) -> None:
 
 
 def test_one_device_trains_without_a_filter(tmp_path: Path) -> None:
-    data = DataLoader(batches(0, 2), batch_size=None)  # type: ignore[arg-type]
+    data: DataLoader[Any] = DataLoader(batches(0, 2), batch_size=None)  # type: ignore[arg-type]
     callback = AgreementCallback()
     with pytest.warns(UserWarning, match="gaf_ddp: one device, no other gradients to filter against"):
         trainer_of(lightning, tmp_path, callback, devices=1, max_epochs=1).fit(net(lightning), data)

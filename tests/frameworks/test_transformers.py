@@ -73,7 +73,7 @@ def filters_and_resumes(device: torch.device, folder: str) -> None:
 
         checkpoint = str(Path(own, f"checkpoint-{STEPS // 2}"))
         for given in ({}, {"resume_from_checkpoint": checkpoint}):
-            resumed, second = train(own, settings, resume=checkpoint, save_strategy="no", **given)
+            resumed, second = train(own, settings, resume=checkpoint, save_strategy="no", **given)  # type: ignore[arg-type]
             assert torch.equal(flat_parameters(resumed.model), expected)
             assert_same_state(second.state, whole.state)
         averaged, _ = train(own, {"tau": 2.0}, save_strategy="no")

@@ -21,7 +21,7 @@ def _read(name: str) -> Any:
 
 def _torchrun(arguments: list[str]) -> tuple[Any, Settings]:
     """Return what torchrun and launch.train make of these arguments."""
-    taken = parse_args(arguments)  # type: ignore[no-untyped-call]
+    taken = parse_args(arguments)
     assert taken.module
     assert taken.training_script == "launch.train"
     return taken, parse(taken.training_script_args)
