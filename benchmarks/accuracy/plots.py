@@ -18,7 +18,7 @@ KINDS = {  # what an arm's kind means, and its colour
 }
 
 
-MOST_PANELS = 4  # in a line
+MOST_PANELS, LEAST_BARS = 4, 6  # in a line; that a panel has room for
 
 
 def draw(group: str, question: str, tables: Tables, path: Path) -> None:
@@ -39,7 +39,7 @@ def _bars(pyplot: Any, tables: Tables) -> Any:
     arms = [arm for arm in ARMS if arm != "oracle" and any(arm in table for _, table in tables)]
     columns = min(len(tables), MOST_PANELS)
     rows = -(-len(tables) // columns)
-    size = (3.1 + 2.5 * columns, 0.9 + 0.27 * len(arms) * rows)
+    size = (3.1 + 2.5 * columns, 0.9 + 0.27 * max(len(arms), LEAST_BARS) * rows)
     grid = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
     figure, axes = pyplot.subplots(rows, columns, figsize=size, **grid)
     for axis, (experiment, table) in zip(axes.flat, tables, strict=False):
