@@ -138,7 +138,7 @@ def parse(arguments: Sequence[str] | None, world: int | None) -> Plan:
     parser.add_argument("--ranks", type=int, default=world or 4, help="3 to 64 (default 4); torchrun has its own")
     parser.add_argument("--steps", type=int, default=300, help="default 300")
     parser.add_argument("--bad-rank", type=int, default=1, help="default 1; -1 for none")
-    parser.add_argument("--log", type=Path, default=Path("agreement.jsonl"), help="default agreement.jsonl")
+    parser.add_argument("--out", type=Path, default=Path("agreement.jsonl"), help="default agreement.jsonl")
     found = parser.parse_args(arguments)
     if world not in (None, found.ranks):
         parser.error(f"--ranks must be torchrun's {world} or left out, found {found.ranks}")
@@ -148,9 +148,9 @@ def parse(arguments: Sequence[str] | None, world: int | None) -> Plan:
         parser.error(f"--steps must be at least 1, found {found.steps}")
     if not -1 <= found.bad_rank < found.ranks:
         parser.error(f"--bad-rank must be one of the {found.ranks} ranks or -1, found {found.bad_rank}")
-    if not found.log.parent.is_dir() or found.log.is_dir():
-        parser.error(f"--log must be a file in an existing folder, found {found.log}")
-    return Plan(found.ranks, found.steps, found.bad_rank if found.bad_rank >= 0 else None, found.log)
+    if not found.out.parent.is_dir() or found.out.is_dir():
+        parser.error(f"--out must be a file in an existing folder, found {found.out}")
+    return Plan(found.ranks, found.steps, found.bad_rank if found.bad_rank >= 0 else None, found.out)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

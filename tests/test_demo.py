@@ -40,7 +40,7 @@ def test_finds_the_bad_rank_and_learns_more_without_it(tmp_path: Path) -> None:
 @pytest.mark.job
 def test_runs_under_torchrun_and_without_a_bad_rank(tmp_path: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3")
-    ended = run(tmp_path, "--steps", 20, "--bad-rank", -1, "--log", "fine.jsonl", launcher=launcher)
+    ended = run(tmp_path, "--steps", 20, "--bad-rank", -1, "--out", "fine.jsonl", launcher=launcher)
     assert "!" not in ended.stdout
     assert len(rows(ended.stdout)) == 2
     lines = [json.loads(line) for line in (tmp_path / "fine.jsonl").read_text().splitlines()]
@@ -60,7 +60,7 @@ def test_data_are_the_same_for_a_seed_and_hold_all_classes() -> None:
         (["--ranks", "2"], "--ranks must be 3 to 64"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--bad-rank", "4"], "--bad-rank must be one of the 4 ranks or -1"),
-        (["--log", "/no/such/folder/log"], "--log must be a file in an existing folder"),
+        (["--out", "/no/such/folder/log"], "--out must be a file in an existing folder"),
     ],
 )
 def test_bad_flags_are_one_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

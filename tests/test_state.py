@@ -2,6 +2,7 @@
 
 import logging
 import logging.handlers
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -104,7 +105,7 @@ class TestSettings:
             {"watch": True, "tau": 1.0},
             {"voters": "host"},
         ],
-        ids=str,
+        ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value)),
     )
     def test_in_range_are_kept(self, settings: dict[str, Any]) -> None:
         state = GAFState(**settings)

@@ -193,7 +193,7 @@ class TestPickling:
             {"max_norm_ratio": None},
             {"max_norm_ratio": 3.0},
         ],
-        ids=str,
+        ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value)),
     )
     def test_keeps_each_setting(self, settings: dict[str, Any]) -> None:
         restored = pickle.loads(pickle.dumps(GAFState(**settings)))
