@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from gaf_ddp.agreement import Agreement
 from gaf_ddp.connect import shared
+from gaf_ddp.errors import named
 from gaf_ddp.exchange import Exchange, GatherExchange, ShardedExchange
 from gaf_ddp.fsdp_units import Unit, current_backward, units_of
 from gaf_ddp.gramian import Rows, combine
 from gaf_ddp.hosts import ByHosts, numbered, own_host
-from gaf_ddp.lanes import at_end_of_backward, named
+from gaf_ddp.lanes import at_end_of_backward
 from gaf_ddp.pipeline import Decision
 from gaf_ddp.settings import Fingerprints, as_text, require, require_same
 from gaf_ddp.sketch_exchange import SketchExchange

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from gaf_ddp.connect import connect, shared
-from gaf_ddp.lanes import at_end_of_backward, named
+from gaf_ddp.errors import named
+from gaf_ddp.lanes import at_end_of_backward
 from gaf_ddp.pipeline import Arrival, Pipeline
 from gaf_ddp.settings import as_text
 from gaf_ddp.state import GAFState

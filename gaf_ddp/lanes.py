@@ -7,8 +7,7 @@ is enqueued at once, in the hook, on a side stream: the device keeps the order a
 
 import atexit
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from queue import SimpleQueue
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.futures import Future
 
+from gaf_ddp.errors import named
 from gaf_ddp.exchange import Exchange, GatherExchange, ShardedExchange
 from gaf_ddp.peer import MOST_SWAPPING, PeerExchange, meet
 from gaf_ddp.sketch_exchange import SketchExchange
@@ -172,22 +172,6 @@ def at_end_of_backward(call: Callable[[], None]) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-@contextmanager
-def named(where: str) -> Iterator[None]:
-    """Let what is raised say where: in the text of torch's own errors, as of a lost connection, else in a note.
-
-    Memory that ran out stays an error of its own kind: training loops catch it.
-    """
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            raise RuntimeError(f"gaf_ddp: {where}: {error}") from error
-        if hasattr(error, "add_note"):  # since Python 3.11
-            error.add_note(f"gaf_ddp: {where}")
-        raise
 
 
 def _serve(tasks: _Tasks, threads: int) -> None:

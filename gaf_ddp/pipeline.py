@@ -9,10 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gaf_ddp.agreement import Agreement
+from gaf_ddp.errors import named
 from gaf_ddp.exchange import Exchange
 from gaf_ddp.gramian import Rows
 from gaf_ddp.judges import Judge
-from gaf_ddp.lanes import Promise, named, open_lane
+from gaf_ddp.lanes import Promise, open_lane
 from gaf_ddp.settings import Fingerprints
 
 

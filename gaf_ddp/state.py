@@ -12,8 +12,9 @@ from torch import Tensor
 from gaf_ddp import settings
 from gaf_ddp.agreement import Agreement
 from gaf_ddp.consensus import ConsensusAgreement
+from gaf_ddp.consensus_judge import ByConsensus
 from gaf_ddp.hosts import ByHosts
-from gaf_ddp.judges import ByConsensus, ByGradients, ByMomenta, Judge
+from gaf_ddp.judges import ByGradients, ByMomenta, Judge
 from gaf_ddp.pipeline import Decision, Way
 from gaf_ddp.replicas import ReplicaCheck
 from gaf_ddp.reports import Report
@@ -204,10 +205,8 @@ class GAFState:
         """Return the weighting of the current step."""
         if self.step < self.start_step:
             return Mean()
-        if self.weighting is not None:
-            return self.weighting
-        if self.tau is None:
-            return ConsensusAgreement()
+        if self.weighting is not None or self.tau is None:
+            return ConsensusAgreement() if self.weighting is None else self.weighting
         return NeighborhoodAgreement(self.tau(self.step) if callable(self.tau) else self.tau)
 
     def _end_step(self, decided: list[tuple[Decision, Tensor]]) -> None:
@@ -216,5 +215,5 @@ class GAFState:
         self.step += 1
         self._awaits_hook = False
         if decided:
-            agreements = [(decision.agreement, numbers) for decision, numbers in decided]
+            agreements = [(each.agreement, numbers) for each, numbers in decided]
             self._statistics.record(self.step - 1, agreements, self.max_consecutive_skips)

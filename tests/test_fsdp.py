@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim import AdamW
 
 from gaf_ddp import ConsensusAgreement, GAFState, Mean, NeighborhoodAgreement, filter_fsdp, skip_on_disagreement
-from gaf_ddp.judges import ByConsensus
+from gaf_ddp.consensus_judge import ByConsensus
 from tests.accelerator import take_accelerators_way
 from tests.fsdp_models import (
     SIZES,
