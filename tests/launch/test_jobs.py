@@ -69,7 +69,7 @@ def test_one_rank_trains_alone(gloo_ranks: RunRanks, tmp_path: Path) -> None:
 def test_a_wrong_setting_ends_every_rank_with_one_message(
     gloo_ranks: RunRanks, arguments: list[object], message: str
 ) -> None:
-    outcomes = run_job(gloo_ranks, 3, arguments, timeout=30)
+    outcomes = run_job(gloo_ranks, 3, arguments, timeout=90)
     assert [outcome.code for outcome in outcomes] == [2, 2, 2]
     assert message in outcomes[0].err
     assert outcomes[0].err.count("launch.train: error:") == 1

@@ -119,6 +119,6 @@ def test_torchrun_starts_a_job_again_whose_rank_is_killed(gloo_ranks: RunRanks, 
         timeout=150,
     )
     assert done.returncode == 0, done.stderr
-    assert "starting, 2 runs" in done.stderr
+    assert "starting, 3 runs" in done.stderr
     assert "going on with run 2 at step 4" in done.stderr
     assert_same_job(tmp_path / "killed", tmp_path / "whole")
