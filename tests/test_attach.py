@@ -11,12 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DataParallel
 from torch.optim import SGD
 
 from gaf_ddp import GAFState, NeighborhoodAgreement, attach, gaf_hook
 from tests.nets import Probe, assert_replicas_equal, batches, ddp, mlp
+
+with warnings.catch_warnings():  # torch 2.11 deprecates what this module of its own uses
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from torch.distributed.optim import ZeroRedundancyOptimizer
 
 Ranks = Callable[..., list[Any]]
 
