@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gaf_ddp.collectives import all_gather_text
-from gaf_ddp.hosts import own_host
-from gaf_ddp.replicas import gathered, hash_bits, majority
+from gaf_ddp.hosts import machine, own_host
+from gaf_ddp.replicas import gathered, group_of, hash_bits, majority
 from gaf_ddp.reports import AuditReport, RankAudit
 
 
@@ -46,8 +46,7 @@ def audit(
     Raises:
         RuntimeError: on every rank: step failed on one.
     """
-    group = group or getattr(model, "process_group", None) or dist.group.WORLD
-    assert group is not None
+    group = group_of(model, group)
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     device = next(iter(named.values())).device
     hosts = all_gather_text(own_host(), group, device)
@@ -66,7 +65,7 @@ def audit(
     off = [(0.0, 0)] * len(values)
     if len(set(values)) > 1:
         off = _differences(gradients, list(named.values()), reference, group)
-    names = [host.partition(" ")[0] for host in hosts]
+    names = list(map(machine, hosts))
     ranks = []
     for rank, value in enumerate(values):
         equal, (difference, parameter) = value == values[reference], off[rank]

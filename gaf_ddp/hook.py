@@ -74,7 +74,7 @@ def gaf_hook(
 def _filter(state: GAFState, pipeline: Pipeline, arrival: Arrival, in_backward: bool) -> None:
     """Receive one bucket's rows; once a decision is due, take it for every bucket that waits for it."""
     with named(arrival.name):
-        if arrival.is_first:
+        if arrival.is_first and state.check_every is not None:
             # Before any bucket is handed back, after which the parameters may change. A rank outside of backward
             # is in DDP's Join, and stays as it is while the others train.
             parameters = [parameter for decision in state.decisions for parameter in decision.parameters]

@@ -18,6 +18,11 @@ def own_host() -> str:
     return f"{socket.gethostname()} {os.environ.get('GROUP_RANK', '')}".rstrip()
 
 
+def machine(host: str) -> str:
+    """Return the machine's name of a host."""
+    return host.partition(" ")[0]
+
+
 def numbered(hosts: Sequence[str]) -> list[int]:
     """Return each rank's host, numbered by its lowest rank."""
     first = sorted(set(hosts), key=hosts.index)

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from gaf_ddp.collectives import all_gather_single, all_gather_text
 from gaf_ddp.device import on_host
-from gaf_ddp.hosts import own_host
+from gaf_ddp.hosts import machine, own_host
 
 _COLUMNS = 4096  # of the matrix that a tensor is hashed as
 _BLOCK = 2**15, 2**24  # numbers hashed at a time, each in 8 bytes: in the CPU's cache, and on an accelerator
@@ -38,8 +38,7 @@ def check_replicas(
     parameters = list(model.parameters())
     if any(hasattr(parameter, "to_local") for parameter in parameters):
         raise ValueError("model must have whole parameters on every rank, found a DTensor")
-    group = group or getattr(model, "process_group", None) or dist.group.WORLD
-    assert group is not None
+    group = group_of(model, group)
     device = parameters[0].device
     parts: dict[str, Sequence[Tensor]] = {"parameters": parameters, "the optimizer's state": _state_of(optimizer)}
     everyone = gathered(torch.stack([hash_bits(part, device) for part in parts.values()]), group).tolist()
@@ -105,6 +104,13 @@ class ReplicaCheck:
         return {"_every": self._every, "_started": None}
 
 
+def group_of(model: nn.Module, group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """Return the group that was given, or DDP's own, or the default group."""
+    group = group or getattr(model, "process_group", None) or dist.group.WORLD
+    assert group is not None
+    return group
+
+
 def majority(values: Sequence[int | None]) -> int | None:
     """Return the value that more than half of the ranks with a value have, or None."""
     (value, count), *_ = Counter(value for value in values if value is not None).most_common(1)
@@ -117,7 +123,7 @@ def differing(values: Sequence[int | None], hosts: Sequence[str]) -> str:
     sides: dict[int, list[str]] = {}
     for rank, value in enumerate(values):
         if value is not None and value != common:
-            host = hosts[rank].partition(" ")[0] if rank < len(hosts) else ""
+            host = machine(hosts[rank]) if rank < len(hosts) else ""
             sides.setdefault(value, []).append(f"{rank} ({host})")
     named = [f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}" for ranks in sides.values()]
     if common is not None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from gaf_ddp.agreement import Agreement
 from gaf_ddp.alarms import Alarms
 from gaf_ddp.device import on_host
+from gaf_ddp.hosts import machine
 from gaf_ddp.meter import AgreementMeter
 from gaf_ddp.reports import Report
 from gaf_ddp.standing import Standing
@@ -48,7 +49,7 @@ class Statistics:
     def report(self, step: int, limit: int | None) -> Report:
         """Return where the ranks stand after so many steps."""
         self._alarms.require_agreement(limit)
-        report = self._standing.report(step, [host.partition(" ")[0] for host in self.hosts])
+        report = self._standing.report(step, [machine(host) for host in self.hosts])
         if self.speaks:
             self._alarms.warn_of_ranks(report)
         return report
