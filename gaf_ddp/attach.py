@@ -45,14 +45,10 @@ def attach(
             model, or a setting is out of its range.
         RuntimeError: the model has a communication hook already.
     """
-    if state is not None and settings:
-        raise TypeError(f"state and settings exclude each other, found both: {', '.join(settings)}")
-    if state is not None and not isinstance(state, GAFState):
-        raise TypeError(f"state must be a GAFState, found {type(state).__name__}")
+    state = given_or_new(state, settings)
     wrapped = _find(model)
     if optimizer is not None:
         _require_shared(wrapped, unwrapped(optimizer))
-    state = GAFState(**settings) if state is None else state
     if isinstance(wrapped, DistributedDataParallel):
         _register(wrapped, state)
     else:
@@ -60,6 +56,17 @@ def attach(
     state._awaits_hook = True
     if optimizer is not None and can_skip(state):
         skip_on_disagreement(optimizer, state)
+    return state
+
+
+def given_or_new(state: GAFState | None, settings: dict[str, Any]) -> GAFState:
+    """Return the state, or a new one of these settings; raise TypeError if there are both."""
+    if state is None:
+        return GAFState(**settings)
+    if settings:
+        raise TypeError(f"state and settings exclude each other, found both: {', '.join(settings)}")
+    if not isinstance(state, GAFState):
+        raise TypeError(f"state must be a GAFState, found {type(state).__name__}")
     return state
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
 
-from gaf_ddp.attach import attach, can_skip
+from gaf_ddp.attach import attach, can_skip, given_or_new
 from gaf_ddp.skip import skip_on_disagreement
 from gaf_ddp.state import GAFState
 
@@ -39,9 +39,7 @@ class AgreementCallback(Callback):  # type: ignore[misc]
     """
 
     def __init__(self, *, state: GAFState | None = None, **settings: Any) -> None:
-        if state is not None and settings:
-            raise TypeError(f"state and settings exclude each other, found both: {', '.join(settings)}")
-        self.state = GAFState(**settings) if state is None else state
+        self.state = given_or_new(state, settings)
         self._undo: list[Callable[[], None]] = []
         self._seen = 0  # the state's step at the end of the last batch
 

@@ -14,7 +14,7 @@ from gaf_ddp.settings import require
 from gaf_ddp.state import GAFState
 
 SHARES = ("kept", "nonfinite", "overlong", "zero")  # of a record's decisions
-_OF_REPORT = ("host", "first_out", "out_since", "longest_out")  # what GAFState.report() alone knows
+_OF_REPORT = ("host", "trend", "first_out", "out_since", "longest_out")  # what GAFState.report() alone knows
 
 
 class AgreementLog:
@@ -33,8 +33,8 @@ class AgreementLog:
         state: the hook's state.
         targets: each the path of a file of JSON lines, an object with `add_scalar` and `add_image` as a
             SummaryWriter of TensorBoard has, or a callable that takes a dict of floats, as `wandb.log` does. Names
-            are those of `state.summary()`, and `gaf/step`, `gaf/distance_rank_00` (z), `gaf/trend_rank_00` (change
-            of z per 100 steps) …
+            are those of `state.summary()`, and `gaf/step`, `gaf/distance_rank_00` (z), `gaf/trend_rank_00` (as
+            `state.report()` has it) …
         every: steps between records.
         cosine_every: steps between records with the ranks' cosines `(W, W)`, a picture in TensorBoard.
         rank: the one that writes, in the state's group; None: each that calls `step`.
@@ -67,7 +67,6 @@ class AgreementLog:
         self._seen: int | None = None  # the last step that was counted
         self._written = 0
         self._cosine_written: int | None = None
-        self._distances: tuple[int, list[float | None]] = (0, [])  # the last record's
 
     def step(self) -> None:
         """Count the state's last step, and write a record if one is due; call it after each step."""
@@ -117,31 +116,20 @@ class AgreementLog:
             "decisions": int(sums["decisions"][0]),
             "ratio": self.state._ratio,
             **{name: _plain(value) for name, value in summary.items() if "rank" not in name},
-            "ranks": self._ranks(step, sums, now),
+            "ranks": self._ranks(sums, now),
             "cosine": now["cosine"] if self._cosine_written == step else None,
         }
 
-    def _ranks(self, step: int, sums: dict[str, list[float]], now: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    def _ranks(self, sums: dict[str, list[float]], now: dict[str, list[Any]]) -> list[dict[str, Any]]:
         """Return of each rank: shares of the decisions in which it was what their names say, z now, and so on."""
         (decisions,) = sums["decisions"]
         columns = {name: [_plain(count / decisions) for count in sums[name]] for name in SHARES}
-        columns["flipped"] = now["flipped"]
-        columns["distance"], columns["trend"] = now["distance"], self._trends(step, now["distance"])
+        columns["flipped"], columns["distance"] = now["flipped"], now["distance"]
         reported = self.state.report().as_dict()["ranks"]
         columns |= {name: [rank[name] for rank in reported] for name in _OF_REPORT}
         return [
             {"rank": rank, **dict(zip(columns, values, strict=True))}
             for rank, values in enumerate(zip(*columns.values(), strict=True))
-        ]
-
-    def _trends(self, step: int, distances: list[float | None]) -> list[float | None]:
-        """Return each rank's change of z per 100 steps since the last record."""
-        (before_step, before), self._distances = self._distances, (step, distances)
-        if len(before) != len(distances):
-            return [None] * len(distances)
-        return [
-            None if old is None or new is None else _plain(100 * (new - old) / (step - before_step))
-            for old, new in zip(before, distances, strict=True)
         ]
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from gaf_ddp.attach import attach, can_skip
+from gaf_ddp.attach import attach, can_skip, given_or_new
 from gaf_ddp.skip import skip_on_disagreement
 from gaf_ddp.state import GAFState
 
@@ -45,9 +45,7 @@ class AgreementCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, trainer: Any, *, state: GAFState | None = None, **settings: Any) -> None:
         if not hasattr(trainer, "model_wrapped"):
             raise TypeError(f"trainer must be a transformers.Trainer, found {type(trainer).__name__}")
-        if state is not None and settings:
-            raise TypeError(f"state and settings exclude each other, found both: {', '.join(settings)}")
-        self.state = GAFState(**settings) if state is None else state
+        self.state = given_or_new(state, settings)
         self._trainer = trainer
         self._undo: list[Callable[[], None]] = []
 

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import gaf_ddp.consensus_judge
 import gaf_ddp.exchange
+import gaf_ddp.gramian
 import gaf_ddp.judges
 import gaf_ddp.peer
 import gaf_ddp.sketch_exchange
@@ -42,14 +44,14 @@ class Breaking:
         if self._is_due and fault.where.split()[0] in ("before", "inside", "after"):
             self._wrap(*fault.where.split())
         if self._is_due and "memory" in fault.what:
-            names = vars(gaf_ddp.judges)
-            measured = names["gram"]
+            measured = gaf_ddp.gramian.gram
 
             def gram(rows: Any) -> Any:
                 self.now()
                 return measured(rows)
 
-            names["gram"] = gram
+            for judge in (gaf_ddp.judges, gaf_ddp.consensus_judge):
+                vars(judge)["gram"] = gram
 
     @property
     def is_now(self) -> bool:
