@@ -67,8 +67,9 @@ def test_gram_against_float64(world_size: int, dtype: torch.dtype) -> None:
 def test_gram_of_norms_beyond_float32s_squares(world_size: int, dtype: torch.dtype) -> None:
     from gaf_ddp import _triton
 
+    columns = 300 if interpreted else 1100  # which takes the interpreter seconds per Gramian
     for scales in ([1e-30, 1e30], [1e-20, 1.0], [1e20, 1e-12], [0.0, 1.0]):
-        rows = torch.nn.functional.normalize(torch.randn(world_size, 1100, dtype=torch.float64), dim=1)
+        rows = torch.nn.functional.normalize(torch.randn(world_size, columns, dtype=torch.float64), dim=1)
         rows = (rows * torch.tensor(scales * world_size)[:world_size, None].double()).to(dtype).to(DEVICE)
         exact = rows.double() @ rows.double().T
         norms = exact.diagonal().sqrt()
@@ -146,7 +147,7 @@ def _assert_equal(fused: Agreement, reference: Agreement, case: object) -> None:
 def test_the_decision_equals_the_reference(world_size: int) -> None:
     from gaf_ddp import _triton_decision
 
-    for case in range(27 if world_size < 33 else 8):
+    for case in range({33: 8, 130: 3}.get(world_size, 27)):
         measured = gramian.gram(_awkward_rows(world_size, case))
         tau, ratio = (0.25, 0.875, 1.0, 2.0, 0.0)[case % 5], (10.0, None)[case % 2]
         for rule in _rules(tau):

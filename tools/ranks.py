@@ -1,5 +1,6 @@
 """Runs a function on W real ranks: one process each, a file store, gloo or NCCL, a time-out that fails."""
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -120,6 +121,7 @@ class _Rank:
 def _main(
     pipe: connection.Connection, rank: int, world_size: int, store: Path, backend: str, seconds: float, task: bytes
 ) -> None:
+    gc.freeze()  # what the fork server imported: a walk over all objects would copy its pages into every rank
     torch.set_num_threads(1)
     os.environ["TORCH_SHOW_CPP_STACKTRACES"] = "0"
     _make_warnings_errors()
