@@ -60,14 +60,8 @@ class PeerExchange:
         return wait
 
     def sum(self, measured: Tensor) -> Tensor:
-        """Add up what was measured on the slices: swapped whole, in one hop, while that is little."""
-        size = self._group.size()
-        if size > MOST_SWAPPING:
-            return all_reduce_gramian(measured, self._group)
-        received = measured.new_empty(size, *measured.shape)
-        received[self._group.rank()] = measured
-        swap(self._small_messages, [measured] * size, received.unbind(), _SUM)()
-        return received.sum(0)
+        """Add up what was measured on the slices."""
+        return sum_small(measured, self._small_messages)
 
     def gather(self, rows: Rows, weights: Tensor, bucket: Tensor) -> Callable[[], None]:
         """Average this rank's slice where it is and send it to everyone's bucket `(N,)`."""
@@ -100,6 +94,17 @@ def meet(group: dist.ProcessGroup) -> None:
     """Wait until every rank has come this far, and name one that died: other waits end by the time-out alone."""
     tokens = list(torch.zeros(group.size(), 1).unbind())
     swap(group, tokens, list(torch.empty(group.size(), 1).unbind()), _MEET)()
+
+
+def sum_small(measured: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Add up what was measured over the ranks: swapped whole, in one hop and not a ring's 2 (W - 1), while it is little."""
+    size = group.size()
+    if size > MOST_SWAPPING:
+        return all_reduce_gramian(measured, group)
+    received = measured.new_empty(size, *measured.shape)
+    received[group.rank()] = measured
+    swap(group, [measured] * size, received.unbind(), _SUM)()
+    return received.sum(0)
 
 
 def swap(

@@ -30,6 +30,7 @@ class Arrival:
     promise: Promise
     exchange: Exchange
     receive: Callable[[], Rows] | None = None  # waits for the rows (W, n)
+    averaging: Callable[[], None] | None = None  # waits for the average, where it is on its way before any verdict
     rows: Rows = ()
     measured: Tensor | None = None  # (W, W) float64, or with rows below
 
@@ -106,6 +107,8 @@ class Pipeline:
         arrival = Arrival(buffer, bucket.parameters(), step, index, is_first, is_last, promise, exchange)
         with named(arrival.name):
             arrival.receive = exchange.scatter(buffer)
+            if self._watch and exchange is self.lane.sketch and exchange.is_aside:
+                arrival.averaging = exchange.average(buffer)  # everyone counts, whatever the verdict will be
         return arrival
 
     def _choose(self, buffer: Tensor) -> Exchange:
@@ -123,8 +126,8 @@ class Pipeline:
             self.land()
         assert arrival.receive is not None
         rows = arrival.rows = arrival.receive()
-        if self._watch:  # everyone counts, whatever the verdict will be
-            self._start_landing(arrival, self.lane.sketch.average(arrival.buffer))
+        if self._watch:
+            self._start_landing(arrival, arrival.averaging or self.lane.sketch.average(arrival.buffer))
         arrival.measured = self.judge.measure(arrival.key, rows)
         self._waiting.append(arrival)
         return self.due() if self._scope != "model" or arrival.is_last else []

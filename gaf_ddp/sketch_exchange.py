@@ -11,7 +11,7 @@ from gaf_ddp.collectives import all_gather_single, all_reduce_gramian
 from gaf_ddp.device import on_host
 from gaf_ddp.exchange import ShardedExchange
 from gaf_ddp.gramian import Rows, combine
-from gaf_ddp.peer import SKETCH, swap
+from gaf_ddp.peer import SKETCH, sum_small, swap
 from gaf_ddp.sketch import fold
 
 _MOST_GATHERED = 2**18  # bytes of sketches that a rank receives for each bucket
@@ -25,7 +25,7 @@ class SketchExchange:
     cosines are the sketches', to about 1/√k. A rank whose bucket is not finite has a row of NaN. Then each rank
     scales its own bucket by its own weight, in one pass, and the group all-reduces the sum.
 
-    Sends an all-reduce's bytes and `(W − 1) k` numbers, all-reduces `W (W + 1)` float64 numbers, holds `W k`.
+    Sends an all-reduce's bytes and `(W − 1) k` numbers, adds up `W (2 W + 1)` float64 numbers, holds `W k`.
     Where that many numbers would be more than 256 KB, slices `(W, k/W)` of the sketches are exchanged in their
     place.
 
@@ -53,6 +53,11 @@ class SketchExchange:
     def whole(self) -> bool:
         """Whether every rank has the whole sketches of all ranks."""
         return 4 * self._size * (self._group.size() - 1) <= _MOST_GATHERED
+
+    @property
+    def is_aside(self) -> bool:
+        """Whether bucket and group are free once `scatter` has returned: it folded, and sends elsewhere."""
+        return self._small_messages not in (None, self._group)
 
     def scatter(self, bucket: Tensor) -> Callable[[], Tensor]:
         """Return a function that waits for rows `(W, k)`; on the CPU fold at once, while the bucket is warm."""
@@ -83,7 +88,9 @@ class SketchExchange:
         """Return rank 0's, and every rank's message: each has it all, but unlike machines round unlike."""
         if self.whole and self._group.rank() != 0:
             measured[:-1] = 0
-        return all_reduce_gramian(measured, self._small_messages or self._group)
+        if self._small_messages is None:
+            return all_reduce_gramian(measured, self._group)
+        return sum_small(measured, self._small_messages)
 
     def gather(self, rows: Rows, weights: Tensor, bucket: Tensor) -> Callable[[], None] | None:
         """Scale this rank's bucket `(N,)` by its weight and all-reduce it; a left-out rank adds zeros."""

@@ -1,6 +1,7 @@
 """The way of a bucket: which exchange it takes, and what it may not be."""
 
 from collections.abc import Callable
+from threading import current_thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -83,6 +84,27 @@ def test_on_accelerators_auto_gathers_small_buckets_in_bucket_scope(gloo_ranks: 
 
 def test_gpus_do_so_too(nccl_ranks: Ranks) -> None:
     assert nccl_ranks(2, watch_routes, False) == ON_ACCELERATORS
+
+
+def threads_of_averages(device: torch.device) -> set[str]:
+    """Return the names of the threads that start the averages of a watched job."""
+    found: set[str] = set()
+    average = SketchExchange.average
+
+    def watched(exchange: SketchExchange, bucket: Tensor) -> Any:
+        found.add(current_thread().name)
+        return average(exchange, bucket)
+
+    SketchExchange.average = watched  # type: ignore[method-assign]
+    model = ddp(Probe([LARGE, SMALL]), device, bucket_cap_mb=0.0001)
+    model.register_comm_hook(GAFState(watch=True), gaf_hook)
+    for _ in range(2):
+        model(torch.ones(LARGE + SMALL, device=device)).backward()
+    return found
+
+
+def test_on_the_cpu_a_watched_average_starts_in_backward_and_waits_for_no_sketch(gloo_ranks: Ranks) -> None:
+    assert all("gaf_ddp" not in found and found for found in gloo_ranks(2, threads_of_averages))
 
 
 def take_from_two_devices(device: torch.device) -> None:
