@@ -97,7 +97,7 @@ def meet(group: dist.ProcessGroup) -> None:
 
 
 def sum_small(measured: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Add up what was measured over the ranks: swapped whole, in one hop and not a ring's 2 (W - 1), while it is little."""
+    """Add up what was measured: swapped whole while that is little, in one hop in place of a ring's 2 (W - 1)."""
     size = group.size()
     if size > MOST_SWAPPING:
         return all_reduce_gramian(measured, group)

@@ -91,9 +91,9 @@ def threads_of_averages(device: torch.device) -> set[str]:
     found: set[str] = set()
     average = SketchExchange.average
 
-    def watched(exchange: SketchExchange, bucket: Tensor) -> Any:
+    def watched(self: SketchExchange, bucket: Tensor) -> Callable[[], None] | None:
         found.add(current_thread().name)
-        return average(exchange, bucket)
+        return average(self, bucket)
 
     SketchExchange.average = watched  # type: ignore[method-assign]
     model = ddp(Probe([LARGE, SMALL]), device, bucket_cap_mb=0.0001)
