@@ -64,6 +64,10 @@ def _tuned(e: Experiment) -> list[Run]:
     return [replace(run, rule=Rule("neighborhood", e.tau)) for run in _best_lr(e)]
 
 
+def _tuned_consensus(e: Experiment) -> list[Run]:
+    return [replace(run, rule=Rule(CONSENSUS, 4096.0)) for run in _best_lr(e)]
+
+
 def _krum(e: Experiment) -> list[Run]:
     """Return Krum's run, told how many ranks are bad (1 where none is); it needs three more than those."""
     bad = max(len(e.bad), 1)
@@ -132,6 +136,7 @@ ARMS: dict[str, Arm] = {
     "oracle": Arm("oracle: no bad ranks or labels", "oracle", _oracle),
     **with_controls("consensus", Arm("consensus (`GAFState()`)", "filter", _ruled(CONSENSUS, lambda e: 4096.0))),
     "consensus 1024": Arm("consensus, sketches of 1024", "filter", _ruled(CONSENSUS, lambda e: 1024.0)),
+    "tuned consensus": Arm("consensus, best lr", "filter", _tuned_consensus),
     "exact consensus": Arm("consensus, exact momenta", "filter", _ruled("exact consensus", lambda e: None)),
     # Momenta's cosines are higher than gradients', so tau is this arm's own.
     **with_controls(
