@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -60,6 +61,7 @@ def test_text_of_any_length_arrives_in_rank_order(ranks: Ranks) -> None:
     assert ranks(3, gather_texts) == [[[TEXTS[i] for i in order] for order in ORDERS]] * 3
 
 
+@pytest.mark.job
 def test_no_collective_is_deprecated() -> None:
     code = """
 import warnings; warnings.simplefilter("error")

@@ -158,6 +158,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Failure, 
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda f: "-".join(map(str, f)))
+@pytest.mark.ranks
 def test_errors_end_every_rank(reports: dict[Failure, Future[list[Report]]], failure: Failure) -> None:
     limit = GROUP_TIMEOUT if failure.step else 3 * GROUP_TIMEOUT  # ranks meet first
     for rank, report in enumerate(reports[failure].result()):

@@ -282,6 +282,7 @@ model(torch.ones(2, 9)).sum().backward()
 """
 
 
+@pytest.mark.ranks
 def test_a_rank_that_raised_ends_though_its_lane_waits_for_others(tmp_path: Path) -> None:
     command = [sys.executable, "-c", RAISE]
     other, raising = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in range(2)]

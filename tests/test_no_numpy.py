@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TRAIN = """
 import sys
 
@@ -34,6 +36,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.job
 def test_the_hook_needs_no_numpy(tmp_path: Path) -> None:
     command = [sys.executable, "-c", TRAIN]
     ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "store")]) for rank in range(2)]

@@ -84,6 +84,7 @@ def test_public_members_are_these() -> None:
     assert sorted(MEMBERS) == sorted(name for name in NAMES if name[0].isupper())
 
 
+@pytest.mark.job
 def test_importing_the_package_starts_nothing() -> None:
     # No process group, no CUDA context, no thread, and none of the tests' peers.
     code = (

@@ -170,6 +170,7 @@ class TestPicture:
             assert ended.value.code == 2
             assert "--out must be a .png" in capsys.readouterr().err
 
+    @pytest.mark.job
     def test_without_matplotlib_says_what_to_install(self, tmp_path: Path) -> None:
         code = "import sys; sys.modules['matplotlib'] = None; from gaf_ddp.report import main; main(sys.argv[1:])"
         log = write(tmp_path / "log", *job())
