@@ -78,8 +78,9 @@ def _filter(state: GAFState, pipeline: Pipeline, arrival: Arrival, in_backward: 
             # Before any bucket is handed back, after which the parameters may change. A rank outside of backward
             # is in DDP's Join, and stays as it is while the others train.
             parameters = [parameter for decision in state.decisions for parameter in decision.parameters]
-            hosts = state._statistics.hosts
-            state._replicas.start(state.step, parameters, pipeline.lane.group, hosts, in_backward)
+            # Not among the gradients: to watch, their all-reduces are started in the hook, beside this thread.
+            group, hosts = pipeline.lane.small_messages, state._statistics.hosts
+            state._replicas.start(state.step, parameters, group, hosts, in_backward)
         arrivals = pipeline.measure(arrival)
         if arrivals:
             _decide(state, pipeline, arrivals)

@@ -8,11 +8,9 @@ is enqueued at once, in the hook, on a side stream: the device keeps the order a
 import atexit
 import weakref
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from queue import SimpleQueue
 from threading import Event, Thread, current_thread
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,9 +18,9 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.futures import Future
 
-from gaf_ddp.errors import named
 from gaf_ddp.exchange import Exchange, GatherExchange, ShardedExchange
-from gaf_ddp.peer import MOST_SWAPPING, PeerExchange, meet
+from gaf_ddp.peer import PeerExchange
+from gaf_ddp.siblings import open_siblings
 from gaf_ddp.sketch_exchange import SketchExchange
 
 Promise = Future[Tensor]
@@ -42,15 +40,10 @@ class ThreadLane:
     def __init__(
         self, parent: dist.ProcessGroup, device: torch.device, wire_dtype: torch.dtype | None, sketch_size: int
     ) -> None:
-        # `new_group` would wait for a rank that died until the time-out, and not say for whom.
-        with named("before the first bucket"):
-            meet(parent)
-        self.group = _sibling_group(parent, device)
-        # Swapped Gramians have connections of their own: behind megabytes of gradients they would wait.
-        small_messages = _sibling_group(parent, device) if parent.size() <= MOST_SWAPPING else self.group
+        self.group, self.small_messages = open_siblings(parent, device, self)
         self.gather: Exchange = GatherExchange(self.group, wire_dtype)
-        self.sharded: Exchange = PeerExchange(self.group, wire_dtype, small_messages)
-        self.sketch = SketchExchange(self.group, sketch_size, wire_dtype, small_messages)
+        self.sharded: Exchange = PeerExchange(self.group, wire_dtype, self.small_messages)
+        self.sketch = SketchExchange(self.group, sketch_size, wire_dtype, self.small_messages)
         self._tasks: _Tasks = SimpleQueue()
         # A daemon, since a rank that failed must be able to leave while the thread waits for ranks that go on.
         thread = Thread(target=_serve, args=(self._tasks, torch.get_num_threads()), name="gaf_ddp", daemon=True)
@@ -124,7 +117,7 @@ class StreamLane:
     def __init__(
         self, parent: dist.ProcessGroup, device: torch.device, wire_dtype: torch.dtype | None, sketch_size: int
     ) -> None:
-        self.group = parent
+        self.group = self.small_messages = parent
         self.gather: Exchange = GatherExchange(parent, wire_dtype)
         self.sharded: Exchange = ShardedExchange(parent, wire_dtype)
         self.sketch = SketchExchange(parent, sketch_size, wire_dtype)
@@ -187,24 +180,3 @@ def _leave(tasks: _Tasks, thread: Thread) -> None:
     tasks.put(None)
     if thread is not current_thread():
         thread.join(_PATIENCE)
-
-
-def _sibling_group(parent: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
-    """Return a new group of the parent's ranks, backend and time-out (`new_group` alone takes the default's)."""
-    ranks = dist.get_process_group_ranks(parent)
-    backends = dict(pair.split(":") for pair in dist.get_backend_config(parent).split(","))
-    group = dist.new_group(
-        ranks,
-        timeout=_timeout(parent, device),
-        backend=backends[device.type],
-        use_local_synchronization=len(ranks) < dist.get_world_size(),
-        group_desc="gaf_ddp",
-    )
-    assert isinstance(group, dist.ProcessGroup)  # this rank is in it
-    return group
-
-
-def _timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta:
-    backend: Any = group._get_backend(device)
-    timeout: timedelta = backend.options._timeout
-    return timeout

@@ -90,10 +90,15 @@ def _slices(bucket: Tensor, count: int) -> tuple[Tensor, ...]:
     return torch.split(bucket, [end - start for start, end in pairwise([*starts, bucket.numel()])])
 
 
-def meet(group: dist.ProcessGroup) -> None:
-    """Wait until every rank has come this far, and name one that died: other waits end by the time-out alone."""
-    tokens = list(torch.zeros(group.size(), 1).unbind())
-    swap(group, tokens, list(torch.empty(group.size(), 1).unbind()), _MEET)()
+def meet(group: dist.ProcessGroup, flags: Sequence[bool] = ()) -> list[bool]:
+    """Wait until every rank has come this far, and name one that died: other waits end by the time-out alone.
+
+    Return which of the flags all ranks have set.
+    """
+    tokens = torch.empty(group.size(), 1 + len(flags), dtype=torch.uint8)
+    tokens[group.rank()] = torch.tensor([True, *flags])
+    swap(group, [tokens[group.rank()]] * group.size(), tokens.unbind(), _MEET)()
+    return tokens.bool().all(0).tolist()[1:]
 
 
 def sum_small(measured: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gaf_ddp import GAFState, gaf_hook
-from gaf_ddp.lanes import ThreadLane, open_lane
+from gaf_ddp.lanes import open_lane
 from gaf_ddp.peer import PeerExchange
 from tests.nets import assert_replicas_equal, batches, ddp, mlp, world
 from tools.ranks import RankError
@@ -29,7 +28,9 @@ every_scope = pytest.mark.parametrize("scope", ["bucket", "model", "running"])
 
 
 def make_state(scope: str) -> GAFState:
-    """Return a state that filters by tau, or in running scope by the rule without a threshold."""
+    """Return a state that filters by tau, or in running scope by the rule without a threshold, or only watches."""
+    if scope == "watching":  # whose gradients travel beside the thread that compares replicas
+        return GAFState(watch=True, scope="bucket", check_every=1)
     return GAFState() if scope == "running" else GAFState(tau=1.0, scope=scope)  # type: ignore[arg-type]
 
 
@@ -67,7 +68,7 @@ def train_with_delays(device: torch.device, steps: int, scope: str) -> tuple[int
     return state.step, len(state.decisions[0].parameters) if scope == "model" else len(state.agreement.kept)
 
 
-@pytest.mark.parametrize(("steps", "scope"), [(150, "bucket"), (50, "model"), (50, "running")])
+@pytest.mark.parametrize(("steps", "scope"), [(150, "bucket"), (50, "model"), (50, "running"), (50, "watching")])
 def test_many_steps_of_many_buckets_with_delays(ranks: Ranks, steps: int, scope: str) -> None:
     assert ranks(4, train_with_delays, steps, scope) == [(steps, 6)] * 4
 
@@ -144,23 +145,6 @@ def test_a_step_broken_off_leaves_nothing_behind(gloo_ranks: Ranks, tmp_path: Pa
     for steps, decided, parameters in gloo_ranks(2, break_off, tmp_path, scope):
         assert steps == 3
         assert decided == parameters
-
-
-def open_sibling(device: torch.device) -> tuple[float, bool, list[int]]:
-    """Return the time-out, whether it is another group, and the ranks of a lane over the ranks of this parity."""
-    rank = dist.get_rank()
-    halves: list[Any] = [dist.new_group(ranks, timeout=timedelta(seconds=17)) for ranks in ([0, 2], [1, 3])]
-    lane = open_lane(halves[rank % 2], device, None, 64)
-    assert isinstance(lane, ThreadLane)
-    dist.all_reduce(torch.ones(1), group=lane.group)
-    backend: Any = lane.group._get_backend(device)
-    seconds = backend.options._timeout.total_seconds()
-    return seconds, lane.group is halves[rank % 2], dist.get_process_group_ranks(lane.group)
-
-
-def test_a_lane_has_its_own_group_with_the_parents_ranks_and_timeout(gloo_ranks: Ranks) -> None:
-    found = gloo_ranks(4, open_sibling)
-    assert found == [(17.0, False, [0, 2]), (17.0, False, [1, 3])] * 2
 
 
 def run_unawaited(device: torch.device) -> None:
