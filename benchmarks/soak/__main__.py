@@ -51,7 +51,7 @@ WAYS: dict[str, tuple[bool, str]] = {
 
 
 def run(steps: int, seed: int, with_filter: bool, longest: int = 60, arenas: str = "") -> list[dict[str, Any]]:
-    """Return every rank's counts, with the seconds it took; arenas is glibc's `MALLOC_ARENA_MAX`, empty for its own."""
+    """Return every rank's counts, with the seconds it took; arenas: `MALLOC_ARENA_MAX`, or glibc's own."""
     with patch.dict(os.environ, {"MALLOC_ARENA_MAX": arenas} if arenas else {}):
         return _run(steps, seed, with_filter, longest)
 

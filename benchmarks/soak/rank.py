@@ -80,8 +80,9 @@ class Soak:
         net, saved = Given(segment.sizes), copy.deepcopy(optimizer.state_dict())
         net.load_state_dict(model.module.state_dict())
         if self._states:
-            state = self._states[segment.setting]
-            state.load_state_dict(copy.deepcopy(state.state_dict()))
+            saved_state = copy.deepcopy(self._states[segment.setting].state_dict())
+            self._states[segment.setting] = GAFState(**SETTINGS[segment.setting])
+            self._states[segment.setting].load_state_dict(saved_state)
         model, optimizer = self._make(segment, net)
         optimizer.load_state_dict(saved)
         self.restarts += 1
