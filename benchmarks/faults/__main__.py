@@ -10,6 +10,7 @@ Three ranks on gloo, a group time-out of 8 s. Every fault is met by every way of
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from statistics import median
 
 from benchmarks.command_line import described, new_file, positive
 from benchmarks.faults.declare import ALLOWED, FAULTS, GROUP_TIMEOUT, PLAIN, SETUPS, WORLD_SIZE, Fault
@@ -49,6 +50,8 @@ def table(outcomes: dict[tuple[str, str], Outcome], setups: list[str]) -> str:
         "to the bit after a step they both took, an exception more than",
         f"{ALLOWED:.0f} s later than the time-out, or training that should have gone on and did not.",
         f"With the filter: {len(bad)} of {count}.",
+        f"From that exception until the last survivor's process had ended: {_leaving(outcomes, False)}; with",
+        f"plain DDP {_leaving(outcomes, True)}.",
         "",
         "| | " + " | ".join(setups) + " |",
         "|---|" + "---|" * len(setups),
@@ -66,6 +69,11 @@ def table(outcomes: dict[tuple[str, str], Outcome], setups: list[str]) -> str:
             said = list(dict.fromkeys(map(shortened, found.said)))[:2] or ["nothing"]
             lines.append(f"- {name}; {found.setup}: {'; '.join(said)} (it: {shortened(found.victim)})")
     return "\n".join(lines) + "\n"
+
+
+def _leaving(outcomes: dict[tuple[str, str], Outcome], plain: bool) -> str:
+    took = [o.gone - o.seconds for o in outcomes.values() if o.verdict == "raised" and (o.setup == PLAIN) == plain]
+    return f"{median(took):.1f} s, at most {max(took):.1f} s" if took else "nobody raised"
 
 
 def main() -> None:

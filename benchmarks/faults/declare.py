@@ -12,6 +12,7 @@ ALLOWED = 2.0  # seconds beyond it
 SETUPS: dict[str, dict[str, Any] | None] = {
     "plain DDP": None,
     "sketch, running": {},
+    "watching, running": {"watch": True, "check_every": 1},
     "sketch, bucket": {"scope": "bucket"},
     "sketch, model": {"scope": "model"},
     "sharded, bucket": {"tau": 2.0, "exchange": "sharded"},
