@@ -92,6 +92,7 @@ def test_what_is_deprecated_fails_only_if_asked(category: type[Warning], monkeyp
             warnings.warn("careful", category, stacklevel=1)
 
 
+@pytest.mark.ranks
 def test_an_exit_code_survives_another_thread_that_starts_a_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -295,6 +295,7 @@ unlucky_pair = Version(triton.__version__) < Version("3.9") and Version(np.__ver
 
 @outside_the_interpreter
 @pytest.mark.skipif(unlucky_pair, reason="this Triton's interpreter needs an older NumPy")
+@pytest.mark.job
 def test_values_in_the_interpreter() -> None:
     """The kernel's values, below, with TRITON_INTERPRET=1, which Triton reads when it is imported."""
     done = subprocess.run(

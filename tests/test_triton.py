@@ -34,6 +34,7 @@ unlucky_pair = Version(triton.__version__) < Version("3.9") and Version(np.__ver
 
 @pytest.mark.skipif(interpreted, reason="is the interpreter's process itself")
 @pytest.mark.skipif(unlucky_pair, reason="this Triton's interpreter needs an older NumPy")
+@pytest.mark.job
 def test_values_in_the_interpreter() -> None:
     """Everything below, with TRITON_INTERPRET=1; nothing may be skipped there but the compilation."""
     done = subprocess.run(
