@@ -202,11 +202,12 @@ class GAFState:
     # What follows is for gaf_hook, connect, attach and skip_on_disagreement.
 
     def _weighting_now(self) -> Callable[[Tensor], Tensor]:
-        """Return the weighting of the current step."""
         if self.step < self.start_step:
             return Mean()
-        if self.weighting is not None or self.tau is None:
-            return ConsensusAgreement() if self.weighting is None else self.weighting
+        if self.weighting is not None:
+            return self.weighting
+        if self.tau is None:
+            return ConsensusAgreement()
         return NeighborhoodAgreement(self.tau(self.step) if callable(self.tau) else self.tau)
 
     def _end_step(self, decided: list[tuple[Decision, Tensor]]) -> None:
