@@ -18,7 +18,7 @@ class NoStream(StreamLane):
     def __init__(
         self, parent: dist.ProcessGroup, device: torch.device, wire_dtype: torch.dtype | None, sketch_size: int
     ) -> None:
-        self.group = parent
+        self.group = self.small_messages = parent
         self.gather = GatherExchange(parent, wire_dtype)
         self.sharded = ShardedExchange(parent, wire_dtype)
         self.sketch = SketchExchange(parent, sketch_size, wire_dtype)
