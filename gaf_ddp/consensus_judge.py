@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Hashable, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -24,8 +25,9 @@ class ByConsensus:
     buckets that came, the last step's of the others.
 
     Memory: as much as the rows in float32, W k numbers a bucket for sketches. DDP lays its buckets out anew after
-    the first step of a process; momenta begin anew then, save those that `load` brought, which wait for their
-    layout.
+    the first step of a process; momenta begin anew then, save those that `load` brought, and in bucket scope the
+    memories it brought, which wait for their layout. In the first step, whose buckets may hold other parameters,
+    they stand in, and are not changed: that step's gradients are in no momenta, nor in a bucket's memory.
     """
 
     def __init__(self, ratio: float, scope: str) -> None:
@@ -37,6 +39,7 @@ class ByConsensus:
         self._last: dict[Hashable, tuple[Tensor, Tensor]] = {}  # of this step: matrices and voters, by memory
         self._used: dict[Hashable, None] = {}  # in this step, in their order
         self._loaded: list[Tensor] = []  # momenta that wait for their buckets, in these' order
+        self._loaded_memories: list[ConsensusMemory] = []  # in bucket scope, so too
         self._steps = 0  # of this process
 
     def measure(self, key: Hashable, rows: Rows) -> Tensor:
@@ -60,6 +63,12 @@ class ByConsensus:
             return self._loaded[index].to(like.device, copy=True)
         return torch.zeros(shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
+    def _remembered(self, index: int) -> ConsensusMemory:
+        """Return the loaded memory of the bucket of this index in bucket scope, or an empty one."""
+        if index < len(self._loaded_memories):
+            return copy(self._loaded_memories[index])
+        return ConsensusMemory(self._ratio)
+
     def decide(
         self, keys: Sequence[Hashable], measured: Tensor, rule: Rule, max_norm_ratio: float | None
     ) -> Agreement:
@@ -69,7 +78,9 @@ class ByConsensus:
         if self._scope == "running":
             self._matrices[keys[0]] = both
             both = torch.stack(list(self._matrices.values())).sum(0)
-        memory = self._memories.setdefault(unit, ConsensusMemory(self._ratio))
+        if unit not in self._memories:
+            self._memories[unit] = self._remembered(len(self._used) - 1)
+        memory = self._memories[unit]
         remembered = _Remembered(memory, both[0], both[1])
         is_consensus = getattr(rule, "ratio", None) == self._ratio
         agreement = decide(both[1], remembered if is_consensus else rule, max_norm_ratio)
@@ -96,12 +107,12 @@ class ByConsensus:
         self._last, self._used = {}, {}
         self._steps += 1
         if self._steps == 2:  # DDP has laid its buckets out
-            self._loaded = []
+            self._loaded, self._loaded_memories = [], []
 
     def dump(self, with_momenta: bool) -> bytes:
         """Return memories and momenta, in the order of the last step's buckets, as bytes without code."""
         file = io.BytesIO()
-        memories = [memory.state_dict() for memory in self._memories.values()]
+        memories = [memory.state_dict() for memory in self._memories.values() or self._loaded_memories]
         momenta = [momenta.cpu() for momenta in self._momenta.values() or self._loaded] if with_momenta else []
         torch.save({"scope": self._scope, "momenta": momenta, "memories": memories}, file)
         return file.getvalue()
@@ -112,19 +123,21 @@ class ByConsensus:
         Raises:
             ValueError: content is something else; nothing is changed then.
         """
-        memory = ConsensusMemory(self._ratio)
         try:
             found: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
-            scope, momenta, memories = found["scope"], found["momenta"], found["memories"]
+            scope, momenta = found["scope"], found["momenta"]
             _require_matrices(momenta)
-            for each in reversed(memories):  # the first one stays
+            memories = [ConsensusMemory(self._ratio) for _ in found["memories"]]
+            for memory, each in zip(memories, found["memories"], strict=True):
                 memory.load_state_dict(each)
         except Exception as error:
             raise ValueError(f"memory must be what state_dict() returned, found {content!r:.60}") from error
         if scope == self._scope:
             self._loaded, self._steps = momenta, 0
-            if scope != "bucket" and memories:
-                self._memories[None] = memory
+            if scope == "bucket":
+                self._loaded_memories = memories
+            elif memories:
+                self._memories[None] = memories[0]
 
 
 class _Remembered(Weighting):
