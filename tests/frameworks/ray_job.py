@@ -1,6 +1,6 @@
 """The job of test_ray.py: three workers of Ray Train, whose numbers go to a file.
 
-    python -m tests.frameworks.ray_job FOLDER
+Run as `python -m tests.frameworks.ray_job FOLDER`.
 """
 
 import json
