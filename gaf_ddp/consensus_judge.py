@@ -109,12 +109,16 @@ class ByConsensus:
         if self._steps == 2:  # DDP has laid its buckets out
             self._loaded, self._loaded_memories = [], []
 
-    def dump(self, with_momenta: bool) -> bytes:
-        """Return memories and momenta, in the order of the last step's buckets, as bytes without code."""
+    def dump(self, columns: int) -> bytes:
+        """Return memories, and momenta `(W, columns)`, in the order of the last buckets, as bytes without code.
+
+        Momenta of slices have fewer columns, and other ranks have the rest of them.
+        """
         file = io.BytesIO()
         memories = [memory.state_dict() for memory in self._memories.values() or self._loaded_memories]
-        momenta = [momenta.cpu() for momenta in self._momenta.values() or self._loaded] if with_momenta else []
-        torch.save({"scope": self._scope, "momenta": momenta, "memories": memories}, file)
+        momenta = [m.cpu() for m in self._momenta.values() or self._loaded]
+        whole = momenta if all(m.shape[1] == columns for m in momenta) else []
+        torch.save({"scope": self._scope, "momenta": whole, "memories": memories}, file)
         return file.getvalue()
 
     def load(self, content: bytes) -> None:

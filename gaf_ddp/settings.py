@@ -69,13 +69,14 @@ def require_valid(**settings: object) -> None:
 
 
 def resolve(
-    is_consensus: bool, scope: str | None, exchange: str, vote_momentum: float, watch: bool, voters: str
+    ratio: float | None, scope: str | None, exchange: str, vote_momentum: float, watch: bool, voters: str
 ) -> tuple[str, str]:
     """Return scope and exchange where they were left open; raise ValueError for settings that exclude each other.
 
     The consensus rule has a memory, and momenta of its own; only sketches leave the averages to an all-reduce, and
-    are small enough to be added up.
+    are small enough to be added up. Its ratio is None for other rules.
     """
+    is_consensus = ratio is not None
     scope = scope or ("running" if is_consensus else "bucket")
     rule = "scope 'running' is for the consensus rule, with others scope must be 'bucket' or 'model'"
     require(scope != "running" or is_consensus, rule, scope)

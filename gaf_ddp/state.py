@@ -104,8 +104,7 @@ class GAFState:
         self.tau = tau if tau is None or callable(tau) else require_tau(tau)
         self.weighting = weighting
         self._ratio = settings.consensus_ratio(tau, weighting)
-        is_consensus = self._ratio is not None
-        self.scope, self.exchange = settings.resolve(is_consensus, scope, exchange, vote_momentum, watch, voters)
+        self.scope, self.exchange = settings.resolve(self._ratio, scope, exchange, vote_momentum, watch, voters)
         self.start_step = start_step
         self.wire_dtype = wire_dtype
         self.max_norm_ratio = None if max_norm_ratio is None else float(max_norm_ratio)
@@ -167,7 +166,8 @@ class GAFState:
         torch.distributed.checkpoint into a fresh state, and at another world size. Momenta are in the memory where
         every rank has them whole: of gathered sketches. Others begin anew, as those of `vote_momentum` do.
         """
-        memory = self._judge.dump(self.exchange == "sketch") if isinstance(self._judge, ByConsensus) else _NOTHING
+        columns = self.sketch_size if self.exchange == "sketch" else 0
+        memory = self._judge.dump(columns) if isinstance(self._judge, ByConsensus) else _NOTHING
         return {"version": VERSION, "step": self.step, "memory": memory, **self._statistics.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

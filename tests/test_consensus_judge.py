@@ -48,7 +48,7 @@ def test_a_turned_sign_stays_out_over_a_resume(scope: str) -> None:
     for rows in before:
         agreements = step(saved, ["a", "b"], rows)
     assert [turned(each) for each in agreements] == [[1], [1]]
-    judge.load(saved.dump(with_momenta=True))
+    judge.load(saved.dump(30))
     for keys, rows in [(["all"], first), (["A", "B"], second), (["A", "B"], third)]:
         for each in step(judge, keys, rows):
             assert each.kept.tolist() == [True, False, True, True]
@@ -61,8 +61,8 @@ def test_buckets_have_the_memories_that_they_had() -> None:
         for key, those in {"turned": rows, "fine": 1 + 0.1 * rows.abs()}.items():
             saved.decide([key], saved.measure(key, those), ConsensusAgreement(), 10.0)
         saved.finish()
-    again.load(saved.dump(with_momenta=True))
-    judge.load(again.dump(with_momenta=True))
+    again.load(saved.dump(30))
+    judge.load(again.dump(30))
     rows = turning(1)[0]
     for keys in (["all"], ["turned", "fine"]):
         found = step(judge, keys, rows)

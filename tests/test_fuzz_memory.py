@@ -89,7 +89,7 @@ def test_a_memory_that_is_saved_in_between_goes_on(history: list[Tensor], when: 
                 agreement = judge.decide([0], judge.measure(0, rows.float()), ConsensusAgreement(), 10.0)
                 judge.finish()
                 if restarts and step == when:
-                    content = judge.dump(with_momenta=True)
+                    content = judge.dump(rows.shape[1])
                     judge = ByConsensus(3.0, scope)
                     judge.load(content)
             outcomes.append(agreement.weights)

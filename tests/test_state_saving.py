@@ -236,3 +236,19 @@ def pickle_after_a_step(device: torch.device) -> dict[str, Any]:
     found = {"warnings": messages, "group": restored.process_group, "agreement": restored.agreement}
     step(restored)
     return {**found, "steps": restored.step}
+
+
+def save_momenta(device: torch.device, size: int) -> list[torch.Size]:
+    """Take two steps over sketches of this size; return the shapes of the momenta that are saved."""
+    state, model = GAFState(sketch_size=size), ddp(Probe([20, 20]), device)
+    model.register_comm_hook(state, gaf_hook)
+    for _ in range(2):
+        model(torch.ones(40, device=device)).backward()
+    memory = torch.load(io.BytesIO(state.state_dict()["memory"]), weights_only=True)
+    return [momenta.shape for momenta in memory["momenta"]]
+
+
+def test_momenta_are_saved_where_every_rank_has_them_whole(gloo_ranks: Ranks) -> None:
+    """And not where sketches are so large that ranks judge slices of them: another rank would load rank 0's."""
+    assert gloo_ranks(2, save_momenta, 64) == [[torch.Size([2, 64])]] * 2
+    assert gloo_ranks(2, save_momenta, 70_000) == [[]] * 2
