@@ -83,8 +83,9 @@ class Fault(NamedTuple):
         }[self.what]
 
     def meets(self, setup: str) -> bool:
-        """Return whether there is such a fault with this way to average."""
-        return (self.with_plain or setup != PLAIN) and (self.with_running or "running" not in setup)
+        """Return whether there is such a fault with this way to average; who watches gathers nothing."""
+        gathers = "watching" not in setup or "gather" not in self.where
+        return gathers and (self.with_plain or setup != PLAIN) and (self.with_running or "running" not in setup)
 
 
 COLLECTIVES = ("scatter", "sum", "gather")
