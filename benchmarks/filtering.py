@@ -1,9 +1,9 @@
-"""The filtering core against the device's copy bandwidth: gram, combine, a sketch's fold and the decision.
+"""The filtering core against the device's copy bandwidth: gram, combine, a sketch's fold, a hash and the decision.
 
     python -m benchmarks.filtering --json out.json
 
 For each W and size of rows `(W, n)`: gram reads the rows once, combine reads them and writes a W-th; fold reads
-them as one bucket, into a sketch of 4096 numbers. `GB/s` is
+them as one bucket, into a sketch of 4096 numbers, and so does the hash that replicas are compared by. `GB/s` is
 those bytes over the time, `roof` the share of the bandwidth of a copy of the rows in the same run (bytes read and
 written). `torch` is the same with torch's own product in the rows' dtype, which is less exact, and multiplies
 left-out rows. Calls rotate through buffers that together exceed the caches. Decisions are in microseconds.
@@ -23,6 +23,7 @@ from benchmarks.cost import SKETCH_SIZE
 from benchmarks.measure import banner, calls_at_once, hardware, interleaved, say, write_json
 from gaf_ddp import ConsensusAgreement, NeighborhoodAgreement, SequentialAgreement, Weighting, combine, gram
 from gaf_ddp.agreement import decide
+from gaf_ddp.replicas import hash_bits
 from gaf_ddp.sketch import fold
 
 SIZES = (2**20, 25 * 2**20, 2**26, 2**28, 2**30)  # bytes
@@ -51,13 +52,17 @@ def measure_rows(count: int, size: int, dtype: torch.dtype, device: torch.device
         "gram_torch": rotating(lambda rows: rows @ rows.mT, buffers),
         "combine": rotating(lambda rows: combine(rows, weights, out=out), buffers),
         "fold": rotating(lambda rows: fold(rows.view(-1), SKETCH_SIZE, seed=0), buffers),
+        "hash": rotating(lambda rows: hash_bits([rows], device), buffers),
         "combine_torch": rotating(lambda rows: torch.mv(rows.mT, same, out=out), buffers),
     }
     calls = max(calls_at_once(size, device), min(20, 2**24 // size))
     timings = interleaved(run, repeats, device, calls)
     seconds = {name: median(times) for name, times in timings.items()}
-    reads = {"copy": 2.0, "gram": 1.0, "combine": 1 + 1 / count, "fold": 1.0}  # and writes, of all rows
-    rate = {name: reads[name.removesuffix("_torch")] * size / seconds[name] / 1e9 for name in seconds}
+    passes = {
+        "copy": 2.0,
+        "combine": 1 + 1 / count,
+    }  # readings and writings of all rows; the others read them once
+    rate = {name: passes.get(name.removesuffix("_torch"), 1.0) * size / seconds[name] / 1e9 for name in seconds}
     return {
         "W": count,
         "size": size,
@@ -95,7 +100,7 @@ def row_text(row: dict[str, Any]) -> str:
             f"{rate[n]:>8.1f} {roof[n]:>5.0%} {rate[n + '_torch']:>8.1f} {roof[n + '_torch']:>5.0%}"
             for n in ("gram", "combine")
         )
-        + f" {rate['fold']:>8.1f} {roof['fold']:>5.0%}"
+        + "".join(f" {rate[n]:>8.1f} {roof[n]:>5.0%}" for n in ("fold", "hash"))
     )
 
 
@@ -124,8 +129,9 @@ def main() -> None:
         sizes, counts, decisions, given.repeats = [2**20], [2, 8], [2, 8], 3
     facts, rows = hardware(device), []
     say(banner(facts))
-    columns = " ".join(f"{name + ' GB/s':>8} {'roof':>5} {'torch':>8} {'roof':>5}" for name in ("gram", "comb"))
-    say(f"#{'W':>4} {'size':>11} {'type':>9} {'copy':>8} {columns} {'fold GB/s':>8} {'roof':>5}")
+    columns = [f"{name + ' GB/s':>8} {'roof':>5} {'torch':>8} {'roof':>5}" for name in ("gram", "comb")]
+    columns += [f"{name + ' GB/s':>8} {'roof':>5}" for name in ("fold", "hash")]
+    say(f"#{'W':>4} {'size':>11} {'type':>9} {'copy':>8} {' '.join(columns)}")
     for dtype, size, count in product((torch.float32, torch.bfloat16), sizes, counts):
         rows.append(measure_rows(count, size, dtype, device, given.repeats))
         say(row_text(rows[-1]))
