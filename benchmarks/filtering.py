@@ -61,7 +61,7 @@ def measure_rows(count: int, size: int, dtype: torch.dtype, device: torch.device
     passes = {
         "copy": 2.0,
         "combine": 1 + 1 / count,
-    }  # readings and writings of all rows; the others read them once
+    }  # over the rows, reading or writing; else one
     rate = {name: passes.get(name.removesuffix("_torch"), 1.0) * size / seconds[name] / 1e9 for name in seconds}
     return {
         "W": count,
