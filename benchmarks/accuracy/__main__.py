@@ -3,6 +3,7 @@
     python -m benchmarks.accuracy --list
     python -m benchmarks.accuracy --experiments shift                  # a group
     python -m benchmarks.accuracy --experiments "shift w4 bad 0"       # one experiment
+    python -m benchmarks.accuracy --experiments text --arms averaging consensus
     python -m benchmarks.accuracy --experiments human --data-dir DIR   # needs images: see images.py for the layout
 
 Finished runs are in OUT/accuracy_runs.jsonl, and a second start goes on where the first stopped.
@@ -11,12 +12,13 @@ Finished runs are in OUT/accuracy_runs.jsonl, and a second start goes on where t
 import argparse
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from benchmarks.accuracy import harm, peers, report
-from benchmarks.accuracy.arms import all_runs
+from benchmarks.accuracy.arms import ARMS, all_runs
 from benchmarks.accuracy.declare import Experiment, Run
 from benchmarks.accuracy.experiments import EXPERIMENTS, GROUPS, quick
 from benchmarks.accuracy.store import Store
@@ -41,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         if not given.tables_only:
             print(f"{group}: {question}")
-            make(_runs_at_hand(_at_hand(chosen, given.data_dir)), store, given.data_dir, given.jobs)
+            wanted = [_only(e, given.arms) for e in _at_hand(chosen, given.data_dir)]
+            make(_runs_at_hand(wanted), store, given.data_dir, given.jobs)
         command = f"python -m benchmarks.accuracy --experiments {group}" + " --quick" * given.quick
         report.write(group, question, shown, store, given.out, command)
     harm.write([quick(e) if given.quick else e for e in EXPERIMENTS.values()], store, given.out)
@@ -53,6 +56,11 @@ def _at_hand(experiments: Sequence[Experiment], folder: Path | None) -> list[Exp
     for e in left_out:
         print(f"left out, needs --data-dir: {e.name}")
     return [e for e in experiments if e not in left_out]
+
+
+def _only(experiment: Experiment, arms: Sequence[str]) -> Experiment:
+    """Return the experiment with these of its arms."""
+    return replace(experiment, arms=tuple(arm for arm in experiment.arms if arm in arms))
 
 
 def _runs_at_hand(experiments: Sequence[Experiment]) -> list[Run]:
@@ -71,6 +79,7 @@ def _given(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = described(__doc__)
     add = parser.add_argument
     add("--experiments", nargs="+", default=list(GROUPS), metavar="NAME", help="names or groups; default: all")
+    add("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help="train these alone")
     add("--list", action="store_true", help="print the experiments' names and stop")
     add("--quick", action="store_true", help="twenty steps of one seed: does it run?")
     add("--out", type=Path, default=Path(__file__).parents[1] / "results", help="default: benchmarks/results")

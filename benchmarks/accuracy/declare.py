@@ -25,8 +25,9 @@ class Labels:
 
 @dataclass(frozen=True)
 class Fault:
-    """What a rank does to its gradient before the others see it; the names are in `faults.FAULTS`.
+    """What a rank does to its gradient before the others see it.
 
+    kind: a name in `faults.FAULTS` or `peers.ATTACKS`.
     others: ranks that send the same as that one.
     """
 

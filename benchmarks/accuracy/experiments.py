@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from benchmarks.accuracy.arms import ALL, CONSENSUS_ARMS
 from benchmarks.accuracy.declare import Experiment, Labels, Run
-from benchmarks.accuracy.on_digits import attack, broken, classes, shift, tau, uniform
+from benchmarks.accuracy.on_digits import attack, broken, byzfl, classes, shift, tau, uniform
 from benchmarks.accuracy.on_text import text
 
 
@@ -32,7 +32,9 @@ def human() -> list[Experiment]:
             tau=0.9,
             bad=labels.ranks,
             lrs=(0.02, 0.05),
-            seeds=3 if world == 4 else 2,
+            seeds=3,
+            real_arms=("averaging", "consensus") if labels.kind == "shift" else (),
+            real_seeds=3,
             notes={"panel": name.replace("`", "")},
         )
         for name, (world, labels, arms) in settings.items()
@@ -48,11 +50,12 @@ GROUPS: dict[str, str] = {
     "human": "A harder task, small CIFAR-10: human label noise (CIFAR-10N) and wrong label maps",
     "text": "Another kind of network: a character transformer with one bad rank, or an honest one that differs",
     "attack": "Attackers who know the rule and stay just within its reach: what do they cost?",
+    "byzfl": "ByzFL's own attacks: are they left out?",
 }
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
-    for declare in (shift, broken, uniform, tau, classes, human, text, attack)
+    for declare in (shift, broken, uniform, tau, classes, human, text, attack, byzfl)
     for experiment in declare()
 }
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from benchmarks.accuracy import peers
 from gaf_ddp.consensus_memory import MOMENTUM
 
 Fault = Callable[[Tensor, Tensor, dict[str, Tensor], torch.Generator], Tensor]
@@ -59,3 +60,11 @@ FAULTS: dict[str, Fault] = {
     # Xie, Koyejo, Gupta, "Fall of Empires", UAI 2019: so far against the honest mean that the average turns.
     "inner product": lambda honest, own, memory, random: -PRODUCT * honest.mean(0),
 }
+
+
+def fault_named(kind: str) -> Fault:
+    """Return one of FAULTS, or one of ByzFL's attacks."""
+    if kind not in peers.ATTACKS:
+        return FAULTS[kind]
+    send = peers.attack(kind)
+    return lambda honest, own, memory, random: send(honest).to(own)

@@ -13,6 +13,7 @@ from launch.cli import parse
 from launch.data import CIFAR_MEAN, CIFAR_STD, load
 
 TEXTS = {"documentation": (0,), "two registers": (0, 1)}  # and which of text.py's they have
+BY_DIFFICULTY = "documentation by difficulty"
 SMALL_TRAIN, SMALL_TEST, SMALL_SIDE = 250, 100, 16  # images per class, and their side
 
 
@@ -21,7 +22,8 @@ class Images:
     """Training and test images (n, channels, height, width), labels, and other label sets by name.
 
     Of text, images are windows (n, letters), labels the letters that follow each, the same shape.
-    groups, test_groups: what ranks may have some of only, (n,): the class, or the register of a text.
+    groups, test_groups: what ranks may have some of only, (n,): the class; of a text the register,
+    or whether a window is among the hardest quarter.
     """
 
     train: Tensor
@@ -42,8 +44,13 @@ def read_images(data: str, folder: Path | None) -> Images:
         train, test = (part.read(range(len(part))) for part in (source.train, source.test))
         labels, test_labels = source.train.labels, source.test.labels
         return Images(train, labels, test, test_labels, source.classes, labels, test_labels)
+    if data == BY_DIFFICULTY:
+        windows = text.windows(0)
+        return _text(windows, text.hardest_quarter(windows).long())
     if data in TEXTS:
-        return _text(TEXTS[data])
+        registers = TEXTS[data]
+        windows = torch.cat([text.windows(register) for register in registers])
+        return _text(windows, torch.tensor(registers).repeat_interleave(text.TRAIN + text.TEST))
     if folder is None:
         raise ValueError(f"--data-dir must be given for {data}, found nothing")
     return _small_cifar(folder)
@@ -68,15 +75,12 @@ def _small_cifar(folder: Path) -> Images:
     return Images(train, labels, test, test_labels, 10, labels, test_labels, columns)
 
 
-def _text(registers: tuple[int, ...]) -> Images:
+def _text(windows: Tensor, groups: Tensor) -> Images:
     """Return windows of text, of which each letter is to be told the next."""
-    cut = [text.windows(register) for register in registers]
     every = text.TRAIN // text.TEST + 1  # test windows are spread evenly, so that they are of the same modules
-    test = torch.cat([part[::every] for part in cut])
-    train = torch.cat([part[torch.arange(len(part)) % every != 0] for part in cut])
-    groups, test_groups = (torch.tensor(registers).repeat_interleave(len(w) // len(cut)) for w in (train, test))
-    letters = len(text.LETTERS)
-    return Images(train[:, :-1], train[:, 1:], test[:, :-1], test[:, 1:], letters, groups, test_groups)
+    tests = torch.arange(len(windows)) % (text.TRAIN + text.TEST) % every == 0
+    train, test, letters = windows[~tests], windows[tests], len(text.LETTERS)
+    return Images(train[:, :-1], train[:, 1:], test[:, :-1], test[:, 1:], letters, groups[~tests], groups[tests])
 
 
 def _first_of_each(folder: Path, part: str, count: int) -> tuple[Tensor, list[str], Tensor]:

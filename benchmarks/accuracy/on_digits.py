@@ -5,6 +5,7 @@ from dataclasses import replace
 from benchmarks.accuracy.arms import ALL, PEERS, WITH_TUNED
 from benchmarks.accuracy.declare import Experiment, Fault, Labels, Run
 from benchmarks.accuracy.faults import FAULTS, INSIDER
+from benchmarks.accuracy.peers import ATTACKS
 
 GRID = (0.005, 0.0125, 0.025, 0.1, 0.2)  # besides the setting's own 0.05
 REAL = ("averaging", "random members", "neighborhood", "sequential")
@@ -54,6 +55,8 @@ def _of_sixteen(bad: tuple[int, ...]) -> Experiment:
         ),
         bad=bad,
         lrs=(0.025, 0.05, 0.1, 0.2),
+        real_arms=("averaging", "consensus") if len(bad) > 1 else (),
+        real_seeds=3,
         notes={"panel": f"W=16, bad rank {', '.join(map(str, bad))}" if bad else "W=16, none bad"},
     )
 
@@ -77,6 +80,28 @@ def attack() -> list[Experiment]:
         for bad in ((0,), (0, 3, 6))
         for told in (", ".join(map(str, bad)),)
     ]  # fmt: skip
+
+
+def byzfl() -> list[Experiment]:
+    """Return ByzFL's own attacks by one and by three of eight, and nobody's."""
+    return [
+        _of_byzfl("nobody", ()),
+        *(_of_byzfl(kind, bad) for kind in ATTACKS for bad in ((0,), (0, 3, 6))),
+    ]
+
+
+def _of_byzfl(kind: str, bad: tuple[int, ...]) -> Experiment:
+    told = f"{kind} on rank {', '.join(map(str, bad))}" if bad else "nobody attacks"
+    return Experiment(
+        f"byzfl {kind} {len(bad)} of 8" if bad else "byzfl nobody",
+        "byzfl",
+        f"digits, W=8, batch 10, {told}",
+        replace(digits_run(8, 10, 400), fault=Fault(kind, bad[0], bad[1:]) if bad else None),
+        ("averaging", "best lr", "neighborhood", "consensus", "consensus: random members", *PEERS, "oracle"),
+        bad=bad,
+        lrs=(0.05, 0.1, 0.2),
+        notes={"panel": told, "fault": kind, "rank": len(bad)},
+    )
 
 
 def _broken(fault: Fault | None) -> Experiment:

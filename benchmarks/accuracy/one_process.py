@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.accuracy import peers
 from benchmarks.accuracy.declare import Run
-from benchmarks.accuracy.faults import FAULTS
+from benchmarks.accuracy.faults import fault_named
 from benchmarks.accuracy.gradients import all_gradients
 from benchmarks.accuracy.rules import settings_of
 from benchmarks.accuracy.task import Task
@@ -74,7 +74,7 @@ class OneProcess:
         if fault is None or not bad:
             return
         honest = rows[[place for place in range(len(ranks)) if place not in bad]]
-        sent = FAULTS[fault.kind](honest, rows[bad[0]].clone(), self._fault_memory, self._random)
+        sent = fault_named(fault.kind)(honest, rows[bad[0]].clone(), self._fault_memory, self._random)
         rows[bad] = sent
 
     def _update(self, average: Tensor) -> None:

@@ -1,4 +1,6 @@
-"""ByzFL's strongest rules, as this benchmark calls them: an optional package, `pip install "gaf-ddp[evidence]"`.
+"""ByzFL's strongest rules and its attacks, as this benchmark calls them.
+
+The package is optional, `pip install "gaf-ddp[evidence]"`.
 
 Its rules are told the number f of bad ranks, which nobody knows. Mixing is a weighting, and weights are what the
 hook and the tables are told, so they are read off: every vector carries a small mark of its own, and the result
@@ -15,6 +17,7 @@ from benchmarks.accuracy.declare import Run
 from gaf_ddp.weighting import present
 
 RULES = ("mixing", "clipping")
+ATTACKS = ("SignFlipping", "InnerProductManipulation", "ALittleIsEnough", "Mimic", "Inf")
 _MARK = 1e-4  # in units of the longest vector; adds the same to all distances between two of them
 
 
@@ -24,9 +27,17 @@ def at_hand() -> bool:
 
 
 def needed_by(run: Run) -> bool:
-    """Return whether a run, or the run that it repeats, is of ByzFL's rules."""
+    """Return whether a run, or the run that it repeats, is of ByzFL's rules, or one of its attacks is on it."""
     rule = run.rule.like or run.rule
-    return rule.name in RULES
+    return rule.name in RULES or (run.fault is not None and run.fault.kind in ATTACKS)
+
+
+def attack(kind: str) -> Callable[[Tensor], Tensor]:
+    """Return one of its attacks with its own settings: from the honest gradients `(H, n)` what attackers send."""
+    import byzfl
+
+    send: Callable[[Tensor], Tensor] = getattr(byzfl, kind)()
+    return send
 
 
 def mixing(bad: int) -> Callable[[Tensor], Tensor]:

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.accuracy.declare import Run
-from benchmarks.accuracy.faults import FAULTS
+from benchmarks.accuracy.faults import fault_named
 from benchmarks.accuracy.rules import settings_of
 from benchmarks.accuracy.task import Task, build_task
 from benchmarks.accuracy.training import Record, build_network, build_optimizer, train
@@ -68,7 +68,7 @@ def _broken_hook(
     if dist.get_rank() in rank.bad:
         assert rank.fault is not None
         honest = rows[[place for place in range(len(rows)) if place not in rank.bad]]
-        sent = FAULTS[rank.fault.kind](honest, own, rank.memory, rank.random)
+        sent = fault_named(rank.fault.kind)(honest, own, rank.memory, rank.random)
         for gradient, part in zip(gradients, torch.split(sent, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
     if rank.state is not None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from benchmarks.accuracy.arms import title_of
 from benchmarks.accuracy.declare import Experiment
 from benchmarks.accuracy.summary import Row, Table, Tables
 
@@ -44,9 +45,19 @@ def _experiment(experiment: Experiment, table: Table) -> str:
 
 
 def _broken(tables: Tables) -> str:
-    """Return faults down, arms across: final accuracy with the bad rank first / last."""
     arms = ("averaging", "guard only", "neighborhood", "default", "momenta 0.7", "consensus", "sequential", "krum",
             "upgrad", "oracle")  # fmt: skip
+    return _faults(tables, arms, "broken rank first / last")
+
+
+def _byzfl(tables: Tables) -> str:
+    arms = ("averaging", "best lr", "neighborhood", "consensus", "consensus: random members", "mixing less",
+            "mixing", "mixing more", "mixing most", "clipping", "oracle")  # fmt: skip
+    return _faults(tables, arms, "one attacker of eight / three")
+
+
+def _faults(tables: Tables, arms: Sequence[str], places_told: str) -> str:
+    """Return faults down, arms across: final accuracy, by the bad ranks' place or number in one cell."""
     faults: dict[str, dict[int, Table]] = {}
     for e, table in tables:
         faults.setdefault(e.notes["fault"], {})[e.notes["rank"]] = table
@@ -54,13 +65,8 @@ def _broken(tables: Tables) -> str:
         [fault, *(" / ".join(_final(places[rank], arm) for rank in sorted(places)) for arm in arms)]
         for fault, places in faults.items()
     ]
-    titles = [_title(arm, tables) for arm in arms]
-    return "### Final accuracy, broken rank first / last\n\n" + markdown(["fault", *titles], body)
-
-
-def _title(arm: str, tables: Tables) -> str:
-    """Return the arm's name, without the learning rate that one experiment chose."""
-    return next((table[arm].title.split(" (0.")[0] for _, table in tables if arm in table), arm)
+    titles = [title_of(tables[0][0], arm) for arm in arms]
+    return f"### Final accuracy, {places_told}\n\n{markdown(['fault', *titles], body)}"
 
 
 def _final(table: Table, arm: str) -> str:
@@ -74,7 +80,7 @@ def _uniform(tables: Tables) -> str:
         shown = [(e, table) for e, table in tables if e.notes["panel"] == panel]
         arms = [arm for arm in shown[0][0].arms if any(arm in table for _, table in shown)]
         body = [
-            [_title(arm, shown), *(str(table[arm].final) if arm in table else "" for _, table in shown)]
+            [title_of(shown[0][0], arm), *(str(table[arm].final) if arm in table else "" for _, table in shown)]
             for arm in arms
         ]
         header = ["final", *(f"{e.notes['share']:.0%} noise" for e, _ in shown)]
@@ -103,4 +109,9 @@ def _shares(table: Table) -> str:
     return f"{row.skipped.mean:.0f} % / {row.kept.mean:.0f} % / {row.final.mean:.1f}" if row else ""
 
 
-OVERVIEWS: dict[str, Callable[[Tables], str]] = {"broken": _broken, "uniform": _uniform, "tau": _tau}
+OVERVIEWS: dict[str, Callable[[Tables], str]] = {
+    "broken": _broken,
+    "uniform": _uniform,
+    "tau": _tau,
+    "byzfl": _byzfl,
+}

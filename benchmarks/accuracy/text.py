@@ -27,6 +27,14 @@ def windows(register: int) -> Tensor:
     return letters[starts[:, None] + torch.arange(CONTEXT + 1)]
 
 
+def hardest_quarter(windows: Tensor) -> Tensor:
+    """Return which windows surprise most by what follows each of their letters, bool `(n,)`."""
+    pairs = windows[:, :-1] * len(LETTERS) + windows[:, 1:]
+    seen = pairs.flatten().bincount(minlength=len(LETTERS) ** 2).view(len(LETTERS), -1)
+    surprise = -(seen / seen.sum(1, keepdim=True).clamp(min=1)).clamp(min=1e-30).log().flatten()[pairs].mean(1)
+    return surprise > surprise.quantile(0.75)
+
+
 def _documentation() -> Iterator[str]:
     """Yield the documentation strings of modules, classes and functions, in the order of files and lines."""
     library = Path(sysconfig.get_path("stdlib"))

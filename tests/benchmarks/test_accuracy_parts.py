@@ -12,7 +12,7 @@ from benchmarks.accuracy import harm, peers, text
 from benchmarks.accuracy.arms import ARMS, PEERS, all_runs, runs_of
 from benchmarks.accuracy.declare import Fault, Labels, Rule, Run, plain
 from benchmarks.accuracy.experiments import EXPERIMENTS
-from benchmarks.accuracy.faults import FAULTS, INSIDER
+from benchmarks.accuracy.faults import FAULTS, INSIDER, fault_named
 from benchmarks.accuracy.gradients import all_gradients
 from benchmarks.accuracy.rules import RandomMembers, RandomSkips, settings_of
 from benchmarks.accuracy.store import Store
@@ -78,6 +78,17 @@ def test_faults_change_the_gradient(kind: str) -> None:
     sent = FAULTS[kind](honest, own, memory, random)
     assert sent.shape == own.shape
     assert not torch.equal(sent, own)
+
+
+@pytest.mark.parametrize("kind", peers.ATTACKS)
+def test_byzfl_attacks_are_made_from_the_honest_gradients(kind: str) -> None:
+    byzfl = pytest.importorskip("byzfl")
+    random = torch.Generator().manual_seed(0)
+    honest, own = torch.randn(5, 100, generator=random), torch.randn(100, generator=random)
+    sent = fault_named(kind)(honest, own, {}, random)
+    assert sent.dtype == own.dtype
+    torch.testing.assert_close(sent, getattr(byzfl, kind)()(honest).float())
+    assert peers.needed_by(replace(RUN, fault=Fault(kind, 0)))
 
 
 def test_attackers_who_know_the_rule_stay_just_within_its_reach() -> None:
@@ -228,6 +239,19 @@ def test_windows_of_text_ask_for_the_next_letter_and_differ() -> None:
     shown, asked = task.batch(0, 0)
     assert torch.equal(shown[:, 1:], asked[:, :-1])
     assert 0 < int(task.few.sum()) < len(task.few)
+
+
+def test_a_slow_rank_sees_the_hardest_windows_and_the_others_all() -> None:
+    windows = text.windows(0)
+    hard = text.hardest_quarter(windows)
+    assert hard.float().mean().item() == pytest.approx(0.25, abs=0.001)
+    task = build_task(replace(EXPERIMENTS["text rank 0 of 4 sees the hardest quarter only"].base, steps=50), None)
+    shown = {tuple(window.tolist()) for window in windows[hard][:, :-1]}
+    hard_shares = [
+        sum(tuple(w.tolist()) in shown for w in task.images[d.flatten()]) / d.numel() for d in task.draws
+    ]
+    assert hard_shares[0] == 1
+    assert hard_shares[1:] == pytest.approx([0.25] * 3, abs=0.1)
 
 
 def test_shuffled_targets_are_those_of_other_examples() -> None:
