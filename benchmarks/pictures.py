@@ -106,12 +106,27 @@ def draw_batches(results: list[dict[str, Any]], path: Path) -> None:
     _save(figure, results, path)
 
 
-def draw_scaling(result: dict[str, Any], path: Path) -> None:
-    """Draw time and bytes relative to an all-reduce, over W: the model, and dots where it was measured."""
-    figure, axes = _pyplot().subplots(1, 2, figsize=(10, 4), layout="constrained")
-    rows = result["rows"]
+def draw_scaling(results: list[dict[str, Any]], path: Path) -> None:
+    """Draw time and bytes relative to an all-reduce, over W: two panels for each number of ranks per host."""
+    grid = {"figsize": (10, 4 * len(results)), "layout": "constrained", "squeeze": False, "sharey": "col"}
+    figure, axes = _pyplot().subplots(len(results), 2, **grid)
+    for line, result in zip(axes, results, strict=True):
+        _scaling_panels(line, result)
+    facts = results[0]["hardware"]
+    megabytes = facts["bucket_bytes"] / 2**20
+    figure.suptitle(f"One bucket of {megabytes:.0f} MB: model, with constants measured on this machine")
+    figure.supxlabel(machine(facts), fontsize=8, color="0.4")
+    figure.savefig(path, dpi=120)
+
+
+def _scaling_panels(axes: Any, result: dict[str, Any]) -> None:
+    """Draw one result: the model, and dots where it was measured."""
+    rows, per_host = result["rows"], f"{result['hardware']['ranks_per_host']} per host"
     worlds = [row["W"] for row in rows]
-    titles = {"time_ratio": "Time, all-reduce = 1 (dots: measured)", "bytes_ratio": "Bytes sent, all-reduce = 1"}
+    titles = {
+        "time_ratio": "Time, all-reduce = 1 (dots: measured)",
+        "bytes_ratio": "Bytes that leave hosts, ring all-reduce = 1",
+    }
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         for exchange, colour in COLOURS.items():
             name = exchange.removeprefix("gaf_")
@@ -122,7 +137,7 @@ def draw_scaling(result: dict[str, Any], path: Path) -> None:
             at = 1 if name == "sketch" else len(worlds) // 2 - 1  # on sharded's line where hosts have one rank
             axis.annotate(name, (worlds[at], values[at]), textcoords="offset points", xytext=(0, 8), color=colour)
         axis.axhline(1.0, color="0.6", linewidth=1)
-        axis.set(xscale="log", yscale="log", xlabel="ranks W", title=title)
+        axis.set(xscale="log", yscale="log", xlabel=f"ranks W, {per_host}", title=title)
         axis.set_xticks(worlds, [str(w) for w in worlds])
         axis.minorticks_off()
         axis.spines[["top", "right"]].set_visible(False)
@@ -131,10 +146,6 @@ def draw_scaling(result: dict[str, Any], path: Path) -> None:
         name = exchange.removeprefix("gaf_")
         dots = [(point["W"], point[name] / point["all_reduce"]) for point in points if name in point]
         axes[0].plot([world for world, _ in dots], [ratio for _, ratio in dots], "o", color=colour)
-    megabytes = result["hardware"]["bucket_bytes"] / 2**20
-    figure.suptitle(f"One bucket of {megabytes:.0f} MB: model, with constants measured on this machine")
-    figure.supxlabel(machine(result["hardware"]), fontsize=8, color="0.4")
-    figure.savefig(path, dpi=120)
 
 
 def _by_batch(results: list[dict[str, Any]], hook: str, world: int) -> dict[int, list[float]]:

@@ -1,10 +1,11 @@
 """What the filter costs from W = 2 to 1024, from the model in cost.py with constants measured here, and a check.
 
     torchrun --standalone --nproc-per-node 8 -m benchmarks.scaling --json out.json --plot out.png
+    torchrun --standalone --nproc-per-node 8 -m benchmarks.scaling --ranks-per-host 1 4 8 --plot out.png
 
 alpha and beta come from two ranks, of two hosts if there are several; the passes and the decision from one. Groups
 of the first 2, 4, … ranks are then measured beside the model. `bytes` are those that leave a host, relative to an
-all-reduce's; --ranks-per-host asks for hosts of another size than these. Where ranks share cores, as on one
+all-reduce's; --ranks-per-host asks for hosts of other sizes than these. Where ranks share cores, as on one
 machine, the measured points hold the others' work too and lie above the model.
 """
 
@@ -140,7 +141,7 @@ def arguments() -> argparse.Namespace:
     """Return the command line."""
     parser = described(__doc__)
     parser.add_argument(
-        "--ranks-per-host", type=int, choices=[1, 2, 4, 8, 16], help="in the model; default: as here"
+        "--ranks-per-host", type=int, nargs="+", choices=[1, 2, 4, 8, 16], help="in the model; default: as here"
     )
     parser.add_argument("--size", type=size_in_bytes, default=25 * 2**20, help="bytes of the bucket")
     parser.add_argument("-n", "--repeats", type=positive, default=7)
@@ -161,21 +162,23 @@ def main() -> None:
     if dist.get_world_size() < 2:
         raise SystemExit("scaling needs at least two ranks: torchrun --nproc-per-node 2, found 1")
     constants = measure_constants(given.size, device, given.repeats)
-    ranks_per_host = given.ranks_per_host or ranks_of_a_host()
-    here = ranks_per_host == ranks_of_a_host()
-    points = measure_points(given.size, device, given.repeats) if here else []
-    facts = hardware(device) | {
-        "bucket_bytes": given.size,
-        "ranks_per_host": ranks_per_host,
-        "alpha_us": constants.alpha * 1e6,
-        "beta_ns_per_byte": constants.beta * 1e9,
-    }
-    rows = predict(constants, points, given.size, ranks_per_host)
-    say(banner(facts))
-    say(table(rows))
-    write_json(given.json, facts, rows)
+    here = ranks_of_a_host()
+    results: list[dict[str, Any]] = []
+    for ranks_per_host in given.ranks_per_host or [here]:
+        points = measure_points(given.size, device, given.repeats) if ranks_per_host == here else []
+        facts = hardware(device) | {
+            "bucket_bytes": given.size,
+            "ranks_per_host": ranks_per_host,
+            "alpha_us": constants.alpha * 1e6,
+            "beta_ns_per_byte": constants.beta * 1e9,
+        }
+        rows = predict(constants, points, given.size, ranks_per_host)
+        say(banner(facts))
+        say(table(rows))
+        write_json(given.json, facts, rows, append=bool(results))
+        results.append({"hardware": facts, "rows": rows})
     if given.plot and dist.get_rank() == 0:
-        draw_scaling({"hardware": facts, "rows": rows}, given.plot)
+        draw_scaling(results, given.plot)
     end_ranks()
 
 

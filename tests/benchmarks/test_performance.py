@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import benchmarks
-from benchmarks.cost import leaving
+from benchmarks.cost import WORLD_SIZES, Constants, all_reduce, leaving, sketch
 from benchmarks.measure import read_runs, write_json
 
 ROOT = Path(benchmarks.__file__).parent.parent
@@ -81,6 +81,25 @@ def test_scaling(tmp_path: Path) -> None:
     assert rows[64]["sharded"]["bytes_ratio"] == pytest.approx(1 + 8 * (64**2 + 64) / 2**20)
     assert rows[128]["sharded"]["bytes_ratio"] == pytest.approx(1 + 8 * (128 * 129 / 2 + 128) / 2**20)
     assert (tmp_path / "out.png").stat().st_size > 10_000
+
+
+@pytest.mark.job
+def test_scaling_by_ranks_per_host(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    more = ("--plot", str(tmp_path / "out.png"), "--ranks-per-host", "4", "8")
+    few, many = run("benchmarks.scaling", tmp_path / "out.json", *more)
+    assert [row["W"] for row in few["rows"]] == [2**i for i in range(3, 11)]
+    assert many["rows"][-1]["sharded"]["bytes_ratio"] > few["rows"][-1]["sharded"]["bytes_ratio"] > 3.9
+    assert (tmp_path / "out.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("ranks", "measured"), [(4, 1.011), (2, 1.008)])
+def test_sketches_send_what_was_measured_of_resnet18(ranks: int, measured: float) -> None:
+    """45 MB in DDP's three buckets, eight ranks; cost.md has what was measured."""
+    costs = Constants(0.0, 0.0, 0.0, 0.0, 0.0, dict.fromkeys(WORLD_SIZES, 0.0))
+    bucket = 44.7e6 / 3
+    ratio = sketch(8, bucket, costs, ranks).bytes_sent / all_reduce(8, bucket, costs).bytes_sent
+    assert ratio == pytest.approx(measured, abs=0.0025)
 
 
 @pytest.mark.parametrize(("hosts", "ranks", "measured"), [(4, 1, 1.0), (2, 2, 1.33), (2, 4, 2.29), (4, 2, 1.71)])
