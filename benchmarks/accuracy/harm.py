@@ -21,7 +21,11 @@ those where all ranks' labels are wrong alike; made from [accuracy_runs.jsonl](a
 
 def write(experiments: Sequence[Experiment], store: Store, out: Path) -> None:
     """Write accuracy_harm.md into `out`; nothing where no cell has runs of both."""
-    lines = [line for e in experiments if not e.bad and (line := _line(e, store))]
+    cells: dict[str, Experiment] = {}
+    for e in experiments:
+        if not e.bad:
+            cells.setdefault(e.base.key, e)  # two groups may have the same cell
+    lines = [line for e in cells.values() if (line := _line(e, store))]
     if lines:
         header = ["no rank is bad", "averaging", "gain of consensus", "kept", "least kept rank", "seeds"]
         (out / "accuracy_harm.md").write_text(f"{ABOUT}\n{markdown(header, lines)}\n")

@@ -92,12 +92,14 @@ def byzfl() -> list[Experiment]:
 
 def _of_byzfl(kind: str, bad: tuple[int, ...]) -> Experiment:
     told = f"{kind} on rank {', '.join(map(str, bad))}" if bad else "nobody attacks"
+    arms = ("averaging", "best lr", "neighborhood", "consensus", "tuned consensus", "consensus: random members",
+            *PEERS, "oracle")  # fmt: skip
     return Experiment(
         f"byzfl {kind} {len(bad)} of 8" if bad else "byzfl nobody",
         "byzfl",
         f"digits, W=8, batch 10, {told}",
         replace(digits_run(8, 10, 400), fault=Fault(kind, bad[0], bad[1:]) if bad else None),
-        ("averaging", "best lr", "neighborhood", "consensus", "consensus: random members", *PEERS, "oracle"),
+        arms,
         bad=bad,
         lrs=(0.05, 0.1, 0.2),
         notes={"panel": told, "fault": kind, "rank": len(bad)},

@@ -51,8 +51,8 @@ def _broken(tables: Tables) -> str:
 
 
 def _byzfl(tables: Tables) -> str:
-    arms = ("averaging", "best lr", "neighborhood", "consensus", "consensus: random members", "mixing less",
-            "mixing", "mixing more", "mixing most", "clipping", "oracle")  # fmt: skip
+    arms = ("averaging", "best lr", "neighborhood", "consensus", "tuned consensus", "consensus: random members",
+            "mixing less", "mixing", "mixing more", "mixing most", "clipping", "oracle")  # fmt: skip
     return _faults(tables, arms, "one attacker of eight / three")
 
 

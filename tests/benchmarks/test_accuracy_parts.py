@@ -222,7 +222,7 @@ def test_no_harm_is_the_difference_over_seeds_in_cells_without_bad_ranks(tmp_pat
             for run in runs_of(experiment, arm):
                 final = 90 + 3 * run.seed + gain * run.seed
                 store.add(run, {**RECORD, "final": final, "kept_by_rank": [1.0] * 7 + [0.2]})
-    harm.write([clean, bad], store, tmp_path)
+    harm.write([clean, replace(clean, title="the same"), bad], store, tmp_path)
     lines = (tmp_path / "accuracy_harm.md").read_text().splitlines()
     assert [line for line in lines if line.startswith("| digits")] == [
         f"| {clean.title} | 93.0 | +0.50 ± 0.29 | 90.0 % | 20.0 % | 3 |"
