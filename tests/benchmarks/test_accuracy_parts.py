@@ -229,6 +229,7 @@ def test_no_harm_is_the_difference_over_seeds_in_cells_without_bad_ranks(tmp_pat
     ]
 
 
+@pytest.mark.job
 def test_windows_of_text_ask_for_the_next_letter_and_differ() -> None:
     windows = text.windows(1)
     assert windows.shape == (text.TRAIN + text.TEST, text.CONTEXT + 1)
@@ -241,6 +242,7 @@ def test_windows_of_text_ask_for_the_next_letter_and_differ() -> None:
     assert 0 < int(task.few.sum()) < len(task.few)
 
 
+@pytest.mark.job
 def test_a_slow_rank_sees_the_hardest_windows_and_the_others_all() -> None:
     windows = text.windows(0)
     hard = text.hardest_quarter(windows)
