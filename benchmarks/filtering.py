@@ -58,10 +58,8 @@ def measure_rows(count: int, size: int, dtype: torch.dtype, device: torch.device
     calls = max(calls_at_once(size, device), min(20, 2**24 // size))
     timings = interleaved(run, repeats, device, calls)
     seconds = {name: median(times) for name, times in timings.items()}
-    passes = {
-        "copy": 2.0,
-        "combine": 1 + 1 / count,
-    }  # over the rows, reading or writing; else one
+    # Readings and writings of all rows; all else reads them once.
+    passes = {"copy": 2.0, "combine": 1 + 1 / count}
     rate = {name: passes.get(name.removesuffix("_torch"), 1.0) * size / seconds[name] / 1e9 for name in seconds}
     return {
         "W": count,

@@ -116,9 +116,8 @@ class ByConsensus:
         """
         file = io.BytesIO()
         memories = [memory.state_dict() for memory in self._memories.values() or self._loaded_memories]
-        momenta = [m.cpu() for m in self._momenta.values() or self._loaded]
-        whole = momenta if all(m.shape[1] == columns for m in momenta) else []
-        torch.save({"scope": self._scope, "momenta": whole, "memories": memories}, file)
+        momenta = [m.cpu() for m in self._momenta.values() or self._loaded if m.shape[1] == columns]
+        torch.save({"scope": self._scope, "momenta": momenta, "memories": memories}, file)
         return file.getvalue()
 
     def load(self, content: bytes) -> None:

@@ -52,12 +52,8 @@ WAYS: dict[str, tuple[bool, str]] = {
 
 def run(steps: int, seed: int, with_filter: bool, longest: int = 60, arenas: str = "") -> list[dict[str, Any]]:
     """Return every rank's counts, with the seconds it took; arenas: `MALLOC_ARENA_MAX`, or glibc's own."""
-    with patch.dict(os.environ, {"MALLOC_ARENA_MAX": arenas} if arenas else {}):
-        return _run(steps, seed, with_filter, longest)
-
-
-def _run(steps: int, seed: int, with_filter: bool, longest: int) -> list[dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as folder:
+    settings = {"MALLOC_ARENA_MAX": arenas} if arenas else {}
+    with patch.dict(os.environ, settings), tempfile.TemporaryDirectory() as folder:
         start = time.monotonic()
         limit = 120 + steps * _MOST_SECONDS_A_STEP
         task = (soak, seed, steps, with_filter, longest)
