@@ -41,10 +41,10 @@ def open_siblings(parent: dist.ProcessGroup, device: torch.device, owner: object
     # `new_group` would wait for a rank that died until the time-out, and not say for whom.
     with named("before the first bucket"):
         unused = meet(parent, [CAN_CLOSE and former() is None for _, former in opened])
-    for siblings in [siblings for (siblings, _), over in zip(opened, unused, strict=True) if over]:
-        for group in set(siblings):
-            dist.destroy_process_group(group)
-    opened[:] = [each for each, over in zip(opened, unused, strict=True) if not over]
+    for index in reversed(range(len(unused))):
+        if unused[index]:
+            for group in set(opened.pop(index)[0]):
+                dist.destroy_process_group(group)
     group = _sibling(parent, device)
     siblings = Siblings(group, _sibling(parent, device) if parent.size() <= MOST_SWAPPING else group)
     opened.append((siblings, weakref.ref(owner)))
