@@ -11,7 +11,7 @@ Gramian, passes over W S bytes and an all-reduce. The first two all-reduce the G
 from dataclasses import dataclass
 from typing import Any
 
-from gaf_ddp.collectives import reduced_numbers
+from gaf_ddp.runtime.collectives import reduced_numbers
 
 SKETCH_SIZE = 4096  # numbers, GAFState's default
 WORLD_SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)

@@ -22,9 +22,9 @@ from benchmarks.command_line import described, new_file, positive
 from benchmarks.cost import SKETCH_SIZE
 from benchmarks.measure import banner, calls_at_once, hardware, interleaved, say, write_json
 from gaf_ddp import ConsensusAgreement, NeighborhoodAgreement, SequentialAgreement, Weighting, combine, gram
-from gaf_ddp.agreement import decide
-from gaf_ddp.replicas import hash_bits
-from gaf_ddp.sketch import fold
+from gaf_ddp.rules.agreement import decide
+from gaf_ddp.checks.replicas import hash_bits
+from gaf_ddp.kernels.fold import fold
 
 SIZES = (2**20, 25 * 2**20, 2**26, 2**28, 2**30)  # bytes
 _CACHES = 2**28  # bytes; more than the last cache of the machines this was run on

@@ -35,8 +35,8 @@ from benchmarks.measure import (
 )
 from benchmarks.pictures import draw_scaling
 from gaf_ddp import NeighborhoodAgreement, combine, gram
-from gaf_ddp.agreement import decide
-from gaf_ddp.sketch import fold
+from gaf_ddp.rules.agreement import decide
+from gaf_ddp.kernels.fold import fold
 
 
 def ranks_of_a_host() -> int:

@@ -5,19 +5,21 @@ model = DistributedDataParallel(model)
 model.register_comm_hook(GAFState(), gaf_hook)
 """
 
-from gaf_ddp.agreement import Agreement
 from gaf_ddp.attach import attach
-from gaf_ddp.audit import audit
-from gaf_ddp.consensus import ConsensusAgreement
-from gaf_ddp.fsdp import filter_fsdp
-from gaf_ddp.gramian import combine, filter_gradients, gram
+from gaf_ddp.checks.audit import audit
+from gaf_ddp.checks.replicas import check_replicas
+from gaf_ddp.engines.fsdp import filter_fsdp
 from gaf_ddp.hook import gaf_hook
-from gaf_ddp.log import AgreementLog
+from gaf_ddp.kernels.gram import combine, filter_gradients, gram
 from gaf_ddp.microbatch import MicrobatchFilter
-from gaf_ddp.replicas import check_replicas
+from gaf_ddp.monitor.log import AgreementLog
+from gaf_ddp.rules.agreement import Agreement
+from gaf_ddp.rules.consensus import ConsensusAgreement
+from gaf_ddp.rules.neighborhood import NeighborhoodAgreement
+from gaf_ddp.rules.sequential import SequentialAgreement
+from gaf_ddp.rules.weighting import Mean, Weighting
 from gaf_ddp.skip import skip_on_disagreement
 from gaf_ddp.state import GAFState
-from gaf_ddp.weighting import Mean, NeighborhoodAgreement, SequentialAgreement, Weighting
 
 __version__ = "0.1.0"
 

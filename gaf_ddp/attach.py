@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
-from gaf_ddp.fsdp import filter_fsdp
+from gaf_ddp.engines.fsdp import filter_fsdp
 from gaf_ddp.hook import gaf_hook
 from gaf_ddp.skip import skip_on_disagreement, unwrapped
 from gaf_ddp.state import GAFState
@@ -139,4 +139,5 @@ def _register(model: DistributedDataParallel, state: GAFState) -> None:
             raise
         rule = "model must have no communication hook yet, found one: DistributedDataParallel takes one for good"
         raise RuntimeError(f"{rule}, so attach once, and pass no other hook to the framework") from error
-    state.process_group = theirs
+    if ours is None:
+        state.process_group = theirs

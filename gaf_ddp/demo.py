@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gaf_ddp.hook import gaf_hook
-from gaf_ddp.log import AgreementLog
+from gaf_ddp.monitor.log import AgreementLog
 from gaf_ddp.state import GAFState
 
 _CLASSES, _DIMENSIONS, _BATCH = 10, 32, 16

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gaf_ddp.weighting import SequentialAgreement
+from gaf_ddp.rules.sequential import SequentialAgreement
 
 
 class MicrobatchFilter:

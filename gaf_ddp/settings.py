@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gaf_ddp.collectives import all_gather_text
-from gaf_ddp.consensus import ConsensusAgreement
-from gaf_ddp.device import on_host
-from gaf_ddp.weighting import Weighting
+from gaf_ddp.rules.consensus import ConsensusAgreement
+from gaf_ddp.rules.weighting import Weighting
+from gaf_ddp.runtime.collectives import all_gather_text
+from gaf_ddp.runtime.device import on_host
 
 
 def _number(value: object) -> bool:
@@ -32,10 +32,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda value: value is None or isinstance(value, dist.ProcessGroup),
     ),
     "weighting": ("callable or None", lambda value: value is None or callable(value)),
-    "scope": (
-        "'bucket', 'model', 'running' or None",
-        lambda value: value is None or value in ("bucket", "model", "running"),
-    ),
+    "scope": ("'bucket', 'model' or None", lambda value: value is None or value in ("bucket", "model")),
     "exchange": (
         "'auto', 'sketch', 'sharded' or 'gather'",
         lambda value: value in ("auto", "sketch", "sharded", "gather"),
@@ -46,13 +43,18 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda value: value in (None, torch.float16, torch.bfloat16, torch.float32),
     ),
     "max_norm_ratio": ("None or a number >= 1", lambda value: value is None or (_number(value) and value >= 1)),
-    "vote_momentum": ("a number in [0, 1)", lambda value: _number(value) and 0 <= value < 1),
+    "momentum": ("a number in [0, 1)", lambda value: _number(value) and 0 <= value < 1),
+    "judge_every": ("None or an integer >= 1", lambda value: value is None or _count(value, 1)),
     "sketch_size": ("an integer >= 64", lambda value: _count(value, 64)),
     "voters": ("'rank' or 'host'", lambda value: value in ("rank", "host")),
     "watch": ("True or False", lambda value: isinstance(value, bool)),
     "check_every": ("None or an integer >= 1", lambda value: value is None or _count(value, 1)),
     "max_consecutive_skips": ("None or an integer >= 0", lambda value: value is None or _count(value, 0)),
 }
+
+
+LASTING = ("scope", "exchange", "wire_dtype", "sketch_size", "voters", "momentum", "judge_every", "check_every")
+ASSIGNABLE = ("tau", "weighting", "start_step", "max_norm_ratio", "watch")
 
 
 def require(holds: bool, rule: str, found: object) -> None:
@@ -68,25 +70,21 @@ def require_valid(**settings: object) -> None:
         require(holds(value), f"{name} must be {words}", value)
 
 
-def resolve(
-    ratio: float | None, scope: str | None, exchange: str, vote_momentum: float, watch: bool, voters: str
-) -> tuple[str, str]:
+def resolve(ratio: float | None, scope: str | None, exchange: str, voters: str) -> tuple[str, str]:
     """Return scope and exchange where they were left open; raise ValueError for settings that exclude each other.
 
-    The consensus rule has a memory, and momenta of its own; only sketches leave the averages to an all-reduce, and
-    are small enough to be added up. Its ratio is None for other rules.
+    The consensus rule (ratio is None for others) judges a step's whole gradient by sketches, one step late. Only it
+    has voters of several ranks.
     """
-    is_consensus = ratio is not None
-    scope = scope or ("running" if is_consensus else "bucket")
-    rule = "scope 'running' is for the consensus rule, with others scope must be 'bucket' or 'model'"
-    require(scope != "running" or is_consensus, rule, scope)
-    rule = "vote_momentum must be 0 with the consensus rule and with voters='host'"
-    require(not vote_momentum or not (is_consensus or voters == "host"), rule, vote_momentum)
-    sketched = watch or voters == "host"
-    exchange = "sketch" if exchange == "auto" and (is_consensus or sketched) else exchange
-    rule = "watch is for exchange 'sketch'" if watch else "voters='host' is for exchange 'sketch'"
-    require(not sketched or exchange == "sketch", rule, exchange)
-    return scope, exchange
+    if ratio is None:
+        require(
+            voters == "rank", "voters='host' is for the consensus rule: tau and weighting must be None", voters
+        )
+        return scope or "bucket", exchange
+    rule = "is for tau and weighting: the consensus rule judges the whole gradient by sketches, one step late"
+    require(scope in (None, "model"), f"scope {rule}", scope)
+    require(exchange in ("auto", "sketch"), f"exchange {rule}", exchange)
+    return "model", "sketch"
 
 
 def consensus_ratio(tau: object, weighting: object) -> float | None:
@@ -96,8 +94,10 @@ def consensus_ratio(tau: object, weighting: object) -> float | None:
     return weighting.ratio if type(weighting) is ConsensusAgreement else None
 
 
-def describe(weighting: Callable[[Tensor], Tensor]) -> str:
+def describe(weighting: Callable[[Tensor], Tensor] | None) -> str:
     """Return a rule's constructor call; of other callables only the name can be compared."""
+    if weighting is None:
+        return "None"
     ours = isinstance(weighting, Weighting) and type(weighting).__module__.startswith("gaf_ddp.")
     return repr(weighting) if ours else getattr(weighting, "__qualname__", type(weighting).__name__)
 
@@ -110,6 +110,18 @@ def versions() -> dict[str, str]:
     except PackageNotFoundError:
         triton = "none"
     return {"torch": torch.__version__, "triton": triton}
+
+
+def shared(state: Any) -> dict[str, object]:
+    """Return what every rank must have alike: a `GAFState`'s settings, those that people set first."""
+    names = ("start_step", "max_norm_ratio", "watch", "max_consecutive_skips", *LASTING)
+    return {
+        **{name: getattr(state, name) for name in names},
+        "tau": state._tau_now() if callable(state.tau) else state.tau,
+        "weighting": describe(state.weighting),
+        "skip_on_disagreement": len(state._records.followers),
+        **versions(),
+    }
 
 
 @cache
@@ -141,22 +153,59 @@ def require_same(text: str, group: dist.ProcessGroup, device: torch.device) -> l
     return everyone
 
 
+def fingerprints(settings: Mapping[str, object]) -> list[float]:
+    """Return a number for each setting, the same for the same value."""
+    return [fingerprint(str(value)) for value in settings.values()]
+
+
+def require_alike(settings: Mapping[str, object], everyone: Tensor, rank: int) -> None:
+    """Raise ValueError if the ranks' `fingerprints` `(W, settings)`, on the host, differ; names the first setting."""
+    differs = (everyone != everyone[:1]).any(0)
+    if bool(differs.any()):
+        index = int(differs.nonzero()[0])
+        name, value = list(settings.items())[index]
+        others = [other for other, row in enumerate(everyone.tolist()) if row[index] != everyone[0, index]]
+        found = f"{value} on this rank, {rank}; ranks {', '.join(map(str, others))} have another than rank 0"
+        raise ValueError(f"{name} must be the same on every rank, found {found}")
+
+
+def require_one(numbers: Tensor) -> None:
+    """Raise ValueError if the ranks' numbers `(W,)`, on the host, differ: they decided by unlike settings."""
+    others = [rank for rank, number in enumerate(numbers.tolist()) if number != numbers[0]]
+    require(
+        not others, "settings and weights must be the same on every rank, found others than rank 0's on", others
+    )
+
+
 class Fingerprints:
-    """Compare the ranks' settings with every decision: a number for each rank's, beside what the ranks add up."""
+    """Compare what ranks decide by with every decision: two numbers of each rank beside what the ranks add up.
+
+    They are of the settings, and of the last decision's weights: a weighting must return the same on every rank.
+    """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        self._group, self._device = group, device
-        self._own: tuple[str, Tensor] | None = None
+        self._group = group
+        self._rows = torch.zeros(2, group.size(), dtype=torch.float64, device=device)
+        self._settings: str | None = None
 
     def own(self, settings: str) -> Tensor:
-        """Return `(1, W)`, this rank's number in its own column: the sum over the ranks holds everyone's."""
-        if self._own is None or self._own[0] != settings:
-            row = torch.zeros(1, self._group.size(), dtype=torch.float64, device=self._device)
-            row[:, self._group.rank()] = fingerprint(settings)
-            self._own = settings, row
-        return self._own[1]
+        """Return `(2, W)`, this rank's numbers in its own column: the sum over the ranks holds everyone's."""
+        if self._settings != settings:
+            self._settings = settings
+            self._rows[0, self._group.rank()] = fingerprint(settings)
+        return self._rows
+
+    def remember(self, weights: Tensor) -> None:
+        """Let the next decision compare these weights `(W,)` too; never waits for the device."""
+        odd = torch.arange(1, 2 * len(weights), 2, dtype=torch.float64, device=weights.device)
+        self._rows[1, self._group.rank()] = (weights.double().nan_to_num(-1.0) * odd.sqrt()).sum()
 
     def require_same(self, settings: str, numbers: Tensor) -> None:
-        """Raise ValueError if everyone's numbers `(W,)` differ; on accelerators `AgreementMeter` tells later."""
-        if on_host(numbers) and len(set(numbers.tolist())) > 1:
-            require_same(settings, self._group, self._device)
+        """Raise ValueError if everyone's numbers `(2, W)` differ; on accelerators `Records.read` tells later."""
+        if on_host(numbers):
+            told, weighed = numbers.tolist()
+            if len(set(told)) > 1:
+                require_same(settings, self._group, numbers.device)
+            others = [rank for rank, number in enumerate(weighed) if number != weighed[0]]
+            rule = "weighting must return the same on every rank: seed one that draws random numbers"
+            require(not others, f"{rule}, found other weights in the last decision than rank 0's on ranks", others)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from gaf_ddp.device import on_host
+from gaf_ddp.monitor.records import Decision
 from gaf_ddp.state import GAFState
 
 
@@ -16,7 +16,8 @@ def skip_on_disagreement(optimizer: Optimizer, state: GAFState) -> Callable[[], 
     """Make `optimizer.step()` leave out what the ranks did not agree on: no momentum, no decay, no step count.
 
     Model scope leaves out the whole step, bucket scope the parameters of each bucket that disagreed. Works for
-    every optimizer, with a closure, under GradScaler, and from the very first step. Every rank decides alike.
+    every optimizer, with a closure, under GradScaler, and from the very first step. Every rank decides alike. After
+    several backwards a parameter is left out if none that made its gradient agreed.
 
     Cost: one host sync a step; none in model scope for a fused optimizer (its kernels read the veto on the
     device, as they read GradScaler's), save the steps before SGD's momentum exists.
@@ -43,10 +44,12 @@ def skip_on_disagreement(optimizer: Optimizer, state: GAFState) -> Callable[[], 
         optimizer.register_step_post_hook(veto.after_step),
     ]
 
-    state._skips += 1
+    followers = state._records.followers
+    followers.append(veto.steps)
 
     def undo() -> None:
-        state._skips -= bool(handles)
+        if handles:
+            followers[:] = [each for each in followers if each is not veto.steps]
         while handles:
             handles.pop().remove()
 
@@ -73,6 +76,7 @@ class _Veto:
 
     def __init__(self, state: GAFState) -> None:
         self._state = state
+        self.steps: list[list[Decision]] = []  # what backwards since the optimizer's last step decided
         self._borrowed: dict[str, Any] | None = None  # the optimizer's own found_inf and grad_scale
 
     def before_step(
@@ -94,7 +98,8 @@ class _Veto:
         return (this, closure_then_veto, *given[1:]), {k: v for k, v in kwargs.items() if k != "closure"}
 
     def after_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Put back what was borrowed for the veto."""
+        """Put back what was borrowed for the veto; what comes is another step's."""
+        self.steps.clear()
         if self._borrowed is None:
             return
         for name in ("found_inf", "grad_scale"):
@@ -107,8 +112,9 @@ class _Veto:
     def _veto(self, optimizer: Any) -> None:
         if self._state.watch:
             return
-        if self._state.scope == "model" and self._state.decisions and self._reads_found_inf(optimizer):
-            disagreed = (~self._state.decisions[0].agreement.agreed).float()
+        steps = self.steps
+        if self._state.scope == "model" and len(steps) == 1 and self._reads_found_inf(optimizer, steps[0]):
+            disagreed = (~steps[0][0].agreement.agreed).float()
             self._borrowed = {k: v for k, v in vars(optimizer).items() if k in ("found_inf", "grad_scale")}
             found_inf: Tensor | None = self._borrowed.get("found_inf")
             optimizer.found_inf = disagreed if found_inf is None else torch.maximum(found_inf, disagreed)
@@ -118,23 +124,28 @@ class _Veto:
 
     def _drop_gradients(self, optimizer: Any) -> None:
         """Set the gradients that nothing agreed on to None, which every optimizer passes over."""
-        decisions = self._state.decisions
+        decisions = [decision for step in self.steps for decision in step]
         if not decisions:
             return
         agreed = torch.stack([decision.agreement.agreed for decision in decisions]).tolist()  # one host sync
-        if not on_host(decisions[0].agreement.agreed):  # where the host could read, it has been checked
-            self._state._statistics.require_sound(self._state.max_consecutive_skips)
-        for decision, fine in zip(decisions, agreed, strict=True):
-            if not fine:
-                for parameter in decision.parameters:
-                    parameter.grad = None
+        self._state._catch_up()  # raises what is wrong with them, now that the host has waited
+        refused = {
+            id(parameter): parameter
+            for decision, fine in zip(decisions, agreed, strict=True)
+            if not fine
+            for parameter in decision.parameters
+        }
+        for parameter in refused.values():
+            # After several backwards it may be the sum of one that agreed and one that did not.
+            if len(self.steps) == 1 or (parameter.grad is not None and not parameter.grad.any()):
+                parameter.grad = None
         _even_out_momentum(optimizer)
 
-    def _reads_found_inf(self, optimizer: Any) -> bool:
+    def _reads_found_inf(self, optimizer: Any, decisions: list[Decision]) -> bool:
         """Return whether the step can be vetoed on the device, for all of the optimizer's parameters at once."""
         if not getattr(optimizer, "_step_supports_amp_scaling", False):
             return False
-        filtered = {id(parameter) for parameter in self._state.decisions[0].parameters}
+        filtered = {id(parameter) for parameter in decisions[0].parameters}
         stepped = [(p, g) for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         return all(
             id(p) in filtered

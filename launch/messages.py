@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gaf_ddp.collectives import all_gather_text
+from gaf_ddp.runtime.collectives import all_gather_text
 from launch.errors import LaunchError
 
 T = TypeVar("T")

@@ -7,9 +7,9 @@ import torch.distributed as dist
 
 from gaf_ddp import device as devices
 from gaf_ddp import pipeline
-from gaf_ddp.exchange import GatherExchange, ShardedExchange
-from gaf_ddp.lanes import Promise, StreamLane
-from gaf_ddp.sketch_exchange import SketchExchange
+from gaf_ddp.exchange.protocol import GatherExchange, ShardedExchange
+from gaf_ddp.exchange.lanes import Promise, StreamLane
+from gaf_ddp.exchange.sketched import SketchExchange
 
 
 class NoStream(StreamLane):

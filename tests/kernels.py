@@ -13,7 +13,7 @@ def spilled_bytes(kernel: Any, types: dict[str, str], constants: dict[str, Any],
     from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource, compile
 
-    from gaf_ddp._triton import OPTIONS
+    from gaf_ddp.kernels.gram_triton import OPTIONS
 
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gaf_ddp import Agreement, Mean, NeighborhoodAgreement, SequentialAgreement, Weighting
 from gaf_ddp import device as devices
-from gaf_ddp.agreement import decide
-from gaf_ddp.weighting import cosine
+from gaf_ddp.rules.agreement import decide
+from gaf_ddp.rules.weighting import cosine
 from tests import oracle
 from tests.gradients import agreeing_gradients, random_gradients
 from tests.properties import gramian_of

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gaf_ddp import GAFState, audit, gaf_hook
-from gaf_ddp.reports import AuditReport, RankAudit
+from gaf_ddp.monitor.reports import AuditReport, RankAudit
 from tests.nets import batches, ddp, mlp
 from tests.test_replicas import error_of, flip
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gaf_ddp.collectives import all_gather_text, all_reduce_gramian, reduced_numbers
+from gaf_ddp.runtime.collectives import all_gather_text, all_reduce_gramian, reduced_numbers
 from tests.gradients import random_gradients
 from tests.nets import world
 from tests.properties import gramian_of
@@ -66,7 +66,7 @@ def test_no_collective_is_deprecated() -> None:
     code = """
 import warnings; warnings.simplefilter("error")
 import torch, torch.distributed as dist
-from gaf_ddp.collectives import all_gather_single, reduce_scatter_single
+from gaf_ddp.runtime.collectives import all_gather_single, reduce_scatter_single
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 out = torch.empty(4)
 all_gather_single(out, torch.ones(4))

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from gaf_ddp import consensus_memory
-from gaf_ddp.agreement import decide
-from gaf_ddp.consensus import ConsensusAgreement, judge, judge_few
-from gaf_ddp.consensus_memory import MOMENTUM, Consensus, ConsensusMemory, find_flipped, find_flipped_few, move
-from gaf_ddp.sketch import fold
+from gaf_ddp.rules.agreement import decide
+from gaf_ddp.rules.consensus import ConsensusAgreement, judge, judge_few
+from gaf_ddp.rules.memory import MOMENTUM, Consensus, ConsensusMemory, find_flipped, find_flipped_few, move
+from gaf_ddp.kernels.fold import fold
 from tests import oracle
 from tests.consensus_oracle import ConsensusOracle, kept_by
 from tests.consensus_oracle import judge as judge_by_hand

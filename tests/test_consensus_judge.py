@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gaf_ddp.agreement import Agreement
-from gaf_ddp.consensus import ConsensusAgreement
+from gaf_ddp.rules.agreement import Agreement
+from gaf_ddp.rules.consensus import ConsensusAgreement
 from gaf_ddp.consensus_judge import ByConsensus
 
 SHARED = 60  # steps; a turned sign counts from the 50th on

@@ -18,7 +18,7 @@ from gaf_ddp import (
     gaf_hook,
     skip_on_disagreement,
 )
-from gaf_ddp.agreement import decide
+from gaf_ddp.rules.agreement import decide
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -19,8 +19,8 @@ from gaf_ddp import (
     gram,
     sketch,
 )
-from gaf_ddp.agreement import decide
-from gaf_ddp.sketch_exchange import as_long_as
+from gaf_ddp.rules.agreement import decide
+from gaf_ddp.exchange.sketched import as_long_as
 from tests import oracle
 from tests.consensus_oracle import kept_by
 from tests.fuzz import DTYPES, LENGTHS, Drawn, clear_of_the_guard, fuzzed, gradients, unless_rounding_decides

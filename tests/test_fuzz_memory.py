@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gaf_ddp import GAFState
-from gaf_ddp.consensus import ConsensusAgreement
+from gaf_ddp.rules.consensus import ConsensusAgreement
 from gaf_ddp.consensus_judge import ByConsensus
-from gaf_ddp.consensus_memory import MOMENTUM, ConsensusMemory, move
+from gaf_ddp.rules.memory import MOMENTUM, ConsensusMemory, move
 from tests import oracle
 from tests.consensus_oracle import ConsensusOracle, Step
 from tests.fuzz import clear_of_the_guard, fuzzed, make, unless_rounding_decides

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gaf_ddp import GAFState, gaf_hook
-from gaf_ddp.lanes import open_lane
-from gaf_ddp.peer import PeerExchange
+from gaf_ddp.exchange.lanes import open_lane
+from gaf_ddp.exchange.point_to_point import PeerExchange
 from tests.nets import assert_replicas_equal, batches, ddp, mlp, world
 from tools.ranks import RankError
 

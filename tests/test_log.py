@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from gaf_ddp import GAFState, gaf_hook
-from gaf_ddp.agreement import Agreement, decide
-from gaf_ddp.consensus import ConsensusAgreement
-from gaf_ddp.log import AgreementLog
-from gaf_ddp.log_targets import picture
-from gaf_ddp.pipeline import Decision
+from gaf_ddp.rules.agreement import Agreement, decide
+from gaf_ddp.rules.consensus import ConsensusAgreement
+from gaf_ddp.monitor.log import AgreementLog
+from gaf_ddp.monitor.sinks import picture
+from gaf_ddp.exchange.pipeline import Decision
 from tests.nets import batches, ddp, mlp
 from tests.syncs import HostSyncs
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gaf_ddp.memory import Workspace
+from gaf_ddp.exchange.workspace import Workspace
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from gaf_ddp import Agreement, Mean, NeighborhoodAgreement
 from gaf_ddp import device as devices
-from gaf_ddp.agreement import decide
-from gaf_ddp.meter import AgreementMeter
+from gaf_ddp.rules.agreement import decide
+from gaf_ddp.monitor.summary import AgreementMeter
 from tests.syncs import HostSyncs
 
 Decision = tuple[Agreement, Tensor]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gaf_ddp import gram
-from gaf_ddp.gramian import Rows
+from gaf_ddp.kernels.gram import Rows
 from gaf_ddp.momenta import Momenta, judged
 from tests.gradients import random_gradients
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gaf_ddp import peer
-from gaf_ddp.peer import PeerExchange
+from gaf_ddp.exchange.point_to_point import PeerExchange
 from tests.nets import world
 
 Ranks = Callable[..., list[Any]]

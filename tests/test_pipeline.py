@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from gaf_ddp import GAFState, gaf_hook
-from gaf_ddp.exchange import GatherExchange, ShardedExchange
+from gaf_ddp.exchange.protocol import GatherExchange, ShardedExchange
 from gaf_ddp.judges import ByGradients
-from gaf_ddp.peer import PeerExchange
-from gaf_ddp.pipeline import Pipeline
-from gaf_ddp.sketch_exchange import SketchExchange
+from gaf_ddp.exchange.point_to_point import PeerExchange
+from gaf_ddp.exchange.pipeline import Pipeline
+from gaf_ddp.exchange.sketched import SketchExchange
 from tests.accelerator import take_accelerators_way
 from tests.nets import Probe, ddp, world
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gaf_ddp
-from gaf_ddp.agreement import decide
+from gaf_ddp.rules.agreement import decide
 
 NAMES = {
     "Agreement": "(gramian, cosine, weights, kept, agreed, voters, nonfinite, overlong, distance=None, "

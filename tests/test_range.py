@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gaf_ddp import GAFState, Mean, NeighborhoodAgreement, SequentialAgreement, Weighting, gaf_hook, gram
-from gaf_ddp.agreement import decide
+from gaf_ddp.rules.agreement import decide
 from tests import oracle
 from tests.accelerator import take_accelerators_way
 from tests.gradients import agreeing_gradients, random_gradients

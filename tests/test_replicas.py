@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.algorithms.join import Join
 
 from gaf_ddp import GAFState, check_replicas, gaf_hook
-from gaf_ddp.replicas import differing, hash_bits
+from gaf_ddp.checks.replicas import differing, hash_bits
 from tests.accelerator import take_accelerators_way
 from tests.nets import Probe, batches, ddp, mlp
 from tests.syncs import HostSyncs

@@ -151,7 +151,7 @@ class TestPicture:
 
     def test_names_the_rank_and_has_units_and_no_distances_where_there_are_none(self) -> None:
         pytest.importorskip("matplotlib")
-        from gaf_ddp.report_picture import figure
+        from gaf_ddp.monitor.plot import figure
 
         drawn = figure(job())
         kept, distance, _ = drawn.axes

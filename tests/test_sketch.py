@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gaf_ddp import sketch
-from gaf_ddp.sketch import block_length, fold, key_of, mix, period_of, sign_table, signs
+from gaf_ddp.kernels.fold import block_length, fold, key_of, mix, period_of, sign_table, signs
 from tests.kernels import spilled_bytes
 from tests.syncs import HostSyncs
 

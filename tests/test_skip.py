@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from gaf_ddp import GAFState, skip_on_disagreement
-from gaf_ddp.agreement import decide
-from gaf_ddp.pipeline import Decision
-from gaf_ddp.weighting import NeighborhoodAgreement
+from gaf_ddp.rules.agreement import decide
+from gaf_ddp.exchange.pipeline import Decision
+from gaf_ddp.rules.neighborhood import NeighborhoodAgreement
 from tests.nets import Probe
 from tests.syncs import HostSyncs
 

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gaf_ddp import Agreement, GAFState, device, gaf_hook
-from gaf_ddp.agreement import decide
-from gaf_ddp.pipeline import Decision
-from gaf_ddp.standing import Standing
-from gaf_ddp.weighting import Mean
+from gaf_ddp.rules.agreement import decide
+from gaf_ddp.exchange.pipeline import Decision
+from gaf_ddp.monitor.history import Standing
+from gaf_ddp.rules.weighting import Mean
 from tests.accelerator import take_accelerators_way
 from tests.nets import Probe, ddp
 from tests.syncs import HostSyncs

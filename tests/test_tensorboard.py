@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gaf_ddp import GAFState
-from gaf_ddp.log import AgreementLog
+from gaf_ddp.monitor.log import AgreementLog
 from tests.test_log import FINE, SPOILT, take
 
 pytestmark = pytest.mark.job

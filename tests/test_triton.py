@@ -12,7 +12,7 @@ import torch
 from packaging.version import Version
 
 from gaf_ddp import Agreement, NeighborhoodAgreement, SequentialAgreement, gramian
-from gaf_ddp.agreement import decide
+from gaf_ddp.rules.agreement import decide
 from tests.kernels import spilled_bytes
 
 triton = pytest.importorskip("triton")

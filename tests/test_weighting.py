@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gaf_ddp import ConsensusAgreement, Mean, NeighborhoodAgreement, SequentialAgreement, Weighting
-from gaf_ddp.weighting import cosine, require_tau
+from gaf_ddp.rules.weighting import cosine, require_tau
 from tests import oracle
 from tests.gradients import agreeing_gradients, random_gradients
 from tests.properties import (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gaf_ddp import Agreement, ConsensusAgreement, Mean, NeighborhoodAgreement, SequentialAgreement, Weighting
-from gaf_ddp.agreement import decide
+from gaf_ddp.rules.agreement import decide
 from tests.gradients import agreeing_gradients, random_gradients
 from tests.properties import gramian_of
 

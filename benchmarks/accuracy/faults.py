@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.accuracy import peers
-from gaf_ddp.consensus_memory import MOMENTUM
+from gaf_ddp.rules.memory import MOMENTUM
 
 Fault = Callable[[Tensor, Tensor, dict[str, Tensor], torch.Generator], Tensor]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.accuracy.declare import Run
-from gaf_ddp.weighting import present
+from gaf_ddp.rules.weighting import present
 
 RULES = ("mixing", "clipping")
 ATTACKS = ("SignFlipping", "InnerProductManipulation", "ALittleIsEnough", "Mimic", "Inf")

@@ -17,7 +17,7 @@ from benchmarks.accuracy.rules import settings_of
 from benchmarks.accuracy.task import Task, build_task
 from benchmarks.accuracy.training import Record, build_network, build_optimizer, train
 from gaf_ddp import GAFState, gaf_hook, skip_on_disagreement
-from gaf_ddp.collectives import all_gather_single
+from gaf_ddp.runtime.collectives import all_gather_single
 
 
 def train_rank(device: torch.device, run: Run, folder: Path | None, counts: Sequence[int]) -> Record:

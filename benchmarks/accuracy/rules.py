@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.accuracy import peers
 from benchmarks.accuracy.declare import Run
 from gaf_ddp import ConsensusAgreement, Mean, NeighborhoodAgreement, SequentialAgreement, Weighting
-from gaf_ddp.weighting import present
+from gaf_ddp.rules.weighting import present
 
 Settings = dict[str, Any]  # of GAFState, beside its scope
 

@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 
 import gaf_ddp.consensus_judge
-import gaf_ddp.exchange
-import gaf_ddp.gramian
+import gaf_ddp.exchange.protocol
+import gaf_ddp.kernels.gram
 import gaf_ddp.judges
-import gaf_ddp.peer
-import gaf_ddp.sketch_exchange
+import gaf_ddp.exchange.point_to_point
+import gaf_ddp.exchange.sketched
 from benchmarks.faults.declare import FAULT_STEP, VICTIM, Fault
 
 _isend = dist.isend

@@ -19,8 +19,8 @@ from benchmarks.accuracy.store import Store
 from benchmarks.accuracy.summary import tables_of
 from benchmarks.accuracy.task import build_task
 from benchmarks.accuracy.transformer import Transformer
-from gaf_ddp.consensus import judge
-from gaf_ddp.consensus_memory import MOMENTUM
+from gaf_ddp.rules.consensus import judge
+from gaf_ddp.rules.memory import MOMENTUM
 from launch.models import build_model
 
 RUN = Run("digits", "mlp", (0, 1, 2, 3), 20, steps=40, lr=0.05)

@@ -1,0 +1,73 @@
+"""What a rank sends at the end of a step, and how all ranks' ballots are read.
+
+A ballot is the sketch `(k,)` of the rank's gradient in float32, and beside it numbers in float64: the squared norm
+of each bucket, and what the rank was told and found (`Told`). It has 4 k + 8 (buckets + some 20) bytes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Told:
+    """What a ballot says beside the gradient.
+
+    Attributes:
+        finished: whether the rank waits for the others in DDP's Join, out of inputs.
+        settings: a number for each setting that ranks must have alike, each exact in float64.
+        hash: of the parameters' bits, int64 `()` on the device; None where it is not asked for.
+        off: how far the last checked sum was off, `()` float64 on the device; None where none was checked.
+    """
+
+    finished: bool
+    settings: Sequence[float]
+    hash: Tensor | None
+    off: Tensor | None
+
+
+class Numbers(NamedTuple):
+    """All ranks' ballots but for the sketches, float64.
+
+    Attributes:
+        squares: `(W, buckets)`, squared norms.
+        finished: `(W,)`, 1 where a rank waits in DDP's Join.
+        hashes: `(W, 2)`, the halves of the parameters' hash; zeros where it was not asked for.
+        off: `(W,)`, how far the last checked sum was off; zeros where none was checked.
+        settings: `(W, settings)`.
+    """
+
+    squares: Tensor
+    finished: Tensor
+    hashes: Tensor
+    off: Tensor
+    settings: Tensor
+
+
+def pack(sketch: Tensor, squares: Sequence[Tensor], told: Told) -> Tensor:
+    """Return a ballot as int32 numbers, which collectives of every backend take; some six launches."""
+    device = sketch.device
+    known = torch.tensor([float(told.finished), *told.settings], dtype=torch.float64)
+    if device.type != "cpu":
+        known = known.pin_memory().to(device, non_blocking=True)
+    found = torch.zeros(3, dtype=torch.float64, device=device)
+    if told.hash is not None:
+        found[:2] = torch.stack([told.hash >> 32, told.hash & 0xFFFFFFFF])  # halves are exact in float64
+    if told.off is not None:
+        found[2] = told.off
+    numbers = torch.cat([torch.stack(list(squares)), known[:1], found, known[1:]])
+    return torch.cat([sketch.view(torch.int32), numbers.view(torch.int32)])
+
+
+def unpack(rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Return sketches `(W, k)` float32, and the numbers behind them, float64, of all ranks' ballots `(W, …)`."""
+    return rows[:, :size].view(torch.float32), rows[:, size:].contiguous().view(torch.float64)
+
+
+def read(numbers: Tensor, buckets: int) -> Numbers:
+    """Name the numbers `(W, …)` of ballots on so many buckets."""
+    squares, told = numbers[:, :buckets], numbers[:, buckets:]
+    return Numbers(squares, told[:, 0], told[:, 1:3], told[:, 3], told[:, 4:])

@@ -1,0 +1,117 @@
+"""The judge of the late way: momenta of all voters' sketches, on the device, and the rule, on the host."""
+
+import io
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gaf_ddp.rules.memory import ConsensusMemory
+
+
+class Opinion(NamedTuple):
+    """What a ballot says of V voters, on the host.
+
+    Attributes:
+        kept: bool `(V,)`, who counts from now on.
+        z: `(V,)` float64, distance to the consensus, NaN where it is not known.
+        flipped: bool `(V,)`, left out since its mirror image would be a member.
+        gramian: `(V, V)` float64, inner products of the ballot's gradients, by their sketches.
+    """
+
+    kept: Tensor
+    z: Tensor
+    flipped: Tensor
+    gramian: Tensor
+
+
+class Judge:
+    """The consensus rule over ballots.
+
+    Momenta `(V, k)` are on the device and see every ballot there (`tally`); what the rule needs of them are two
+    matrices `(V, V)`, which the host reads a step later (`judge`).
+
+    Args:
+        ratio: largest z of a kept voter.
+        momentum: decay of the momenta, per step.
+    """
+
+    def __init__(self, ratio: float, momentum: float) -> None:
+        self.ratio, self.momentum = ratio, momentum
+        self._memory = ConsensusMemory()
+        self._momenta: Tensor | None = None
+        self._moves: Tensor | None = None  # (V, V), to be taken to the momenta before the next gradients are added
+        self.kept = torch.ones(0, dtype=torch.bool)
+
+    def tally(self, gradients: Tensor, steps: int) -> Tensor:
+        """Add a ballot's gradients to the momenta; never waits for the device, some eight launches.
+
+        Args:
+            gradients: sketches `(V, k)` float32; zeros beside a voter that has none.
+            steps: how many steps they are the sum of.
+
+        Returns:
+            `(2 V, 2 V)` float64, inner products of the momenta, and behind them of the gradients.
+        """
+        momenta = self._momenta
+        if momenta is None or momenta.shape != gradients.shape:
+            momenta, self._moves = torch.zeros_like(gradients), None
+        momenta = momenta.to(gradients.device)
+        if self._moves is not None:
+            moves = self._moves.to(gradients.device, non_blocking=True)
+            counts = (moves != 0).any(0)[:, None]  # other rows may hold inf
+            momenta = (moves @ torch.where(counts, momenta, 0).double()).float()
+        self._momenta = momenta * self.momentum**steps + gradients
+        both = torch.cat([self._momenta, gradients]).double()  # float32 products may silently use TF32
+        return both @ both.mT
+
+    def judge(self, products: Tensor, voters: Tensor, steps: int) -> Opinion:
+        """Judge a ballot by what `tally` returned, read on the host, and remember it.
+
+        Args:
+            products: `(2 V, 2 V)` float64.
+            voters: bool `(V,)`, who has a gradient that is finite and not zero.
+            steps: how many steps the ballot is about.
+        """
+        count = len(voters)
+        if len(self.kept) != count:
+            self.kept = torch.ones(count, dtype=torch.bool)
+        gramian = products[count:, count:]
+        found = self._memory.judge(products[:count, :count], gramian, voters, steps)
+        good = torch.where(found.z.isnan(), self.kept, found.z <= self.ratio) & ~found.flipped
+        if bool((good & voters).any()):  # else nobody would count
+            self.kept = good
+        self._moves = (
+            found.moves
+            if self._momenta is None or self._momenta.device.type == "cpu"
+            else (found.moves.pin_memory())
+        )
+        return Opinion(self.kept, found.z, found.flipped, gramian)
+
+    def dump(self) -> bytes:
+        """Return all of it, at a host sync, as bytes without code."""
+        file = io.BytesIO()
+        momenta = None if self._momenta is None else self._momenta.cpu()
+        held = {"momenta": momenta, "moves": self._moves, "kept": self.kept, "cosines": self._memory.cosines}
+        torch.save(held, file)
+        return file.getvalue()
+
+    def load(self, content: bytes) -> None:
+        """Restore what `dump` returned; of another world size it begins anew at the next ballot.
+
+        Raises:
+            ValueError: content is something else; nothing is changed then.
+        """
+        try:
+            found: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
+            momenta, moves, kept, cosines = (found[name] for name in ("momenta", "moves", "kept", "cosines"))
+            size = len(kept)
+            sound = kept.shape == (size,) and cosines.shape == (2, *cosines.shape[1:2] * 2)
+            sound = sound and kept.dtype == torch.bool and cosines.dtype == torch.float64
+            sound = sound and (momenta is None or (momenta.dim() == 2 and momenta.dtype == torch.float32))
+            sound = sound and (moves is None or (moves.shape == (size, size) and moves.dtype == torch.float64))
+        except Exception as error:
+            raise ValueError(f"memory must be what state_dict() returned, found {content!r:.60}") from error
+        if not sound:
+            raise ValueError(f"memory must be what state_dict() returned, found {content!r:.60}")
+        self._momenta, self._moves, self.kept, self._memory.cosines = momenta, moves, kept, cosines

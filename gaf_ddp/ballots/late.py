@@ -1,0 +1,244 @@
+"""The late way of one model's gradients, whatever engine averages them.
+
+    late.begin()                                      at a step's first bucket: the last ballots' verdict
+    shares = late.weigh(gradient, parameters)         sketch += fold(gradient); gradient *= share
+    …                                                 the engine adds up gradients and shares
+    late.end()                                        after the last bucket: the ballot
+
+No thread, no stream and no group of its own: what it sends, it sends in the hook, in the buckets' order, on the
+group that gradients are averaged over. The host waits for one thing, the ballots of the step before.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gaf_ddp.ballots.ballot import Numbers, Told, pack, read
+from gaf_ddp.ballots.count import Counting
+from gaf_ddp.ballots.places import Key, Places
+from gaf_ddp.ballots.verdict import Verdict, draw, watch
+from gaf_ddp.ballots.voters import Voters
+from gaf_ddp.checks.replicas import hash_bits, require_equal
+from gaf_ddp.checks.sums import SumCheck, require_sums
+from gaf_ddp.kernels.fold import Spans, fold
+from gaf_ddp.kernels.gram import gram
+from gaf_ddp.kernels.scale import scale
+from gaf_ddp.monitor.records import Decision
+from gaf_ddp.rules.consensus import upper_median
+from gaf_ddp.runtime.collectives import all_gather_single
+from gaf_ddp.runtime.errors import named
+from gaf_ddp.settings import fingerprints, require_alike, shared
+
+if TYPE_CHECKING:
+    from gaf_ddp.state import GAFState
+
+_FREE = 2**18  # bytes of ballots that a rank may receive in every step, however small its gradient is
+_MOST_STEPS = 8  # of a ballot: with so many, nothing was lost in any task that was tried
+_PART = 0.01  # of the gradient's bytes, which ballots may take
+
+
+class LateFilter:
+    """Scales a rank's gradients by the last verdict, and votes for the next one.
+
+    Args:
+        state: the settings, the judge, and where records go.
+        group: the W ranks that gradients are averaged over.
+        device: of the gradients.
+        averages: whether the engine itself divides by W what it adds up, or DDP, which leaves that to its hook.
+    """
+
+    def __init__(
+        self, state: "GAFState", group: dist.ProcessGroup, device: torch.device, averages: bool = False
+    ) -> None:
+        self.group, self.device, self.wire_dtype = group, device, state.wire_dtype if group.size() > 1 else None
+        self.check: SumCheck | None = (
+            None  # of the averages of the steps that go into the ballot, if they are checked
+        )
+        self._state, self._hosts = state, state._records.statistics.hosts
+        self._voters = Voters.named(state.voters, self._hosts)
+        self._unit = group.size() if averages else 1  # what shares add up to
+        self._places = Places()
+        self.is_open = False  # between a step's first bucket and its last one
+        self._equal_share = torch.tensor([self._unit / group.size(), 0.0], dtype=torch.float64).to(device)
+        self._latest = -1  # the index of the last bucket
+        self._sent: _Sent | None = None
+        self._kept = torch.ones(group.size(), dtype=torch.bool)
+        self._longest: dict[Key, float] = {}  # norm of each bucket, and the same on the device
+        self._limits: dict[Key, Tensor] = {}
+        self._every = state.judge_every or 1  # steps of a ballot
+        self._mode: tuple[bool, bool] | None = None
+        self._hash: Tensor | None = None  # of the parameters' bits, where they are compared
+        self._off: Tensor | None = None  # how far the last checked sum was off
+        self._begin_ballot()
+
+    def begin_if_first(self, index: int) -> None:
+        """Begin a step if a bucket of this index, which grows in a step, is its first."""
+        if not self.is_open or index <= self._latest:
+            self.begin()
+        self._latest = index
+
+    def begin(self) -> None:
+        """Begin a step: draw the verdict of the last ballots, and end a step whose last bucket never came."""
+        if self.is_open:
+            self.end()
+        self.draw()
+        state = self._state
+        mode = state.watch, state.step < state.start_step
+        if mode != self._mode:  # else nothing has changed
+            self._mode = mode
+            self._by = self._on_device([self._divisor()])[0]
+        self.is_open = True
+        if state.check_every is not None and state.step % state.check_every == 0:
+            self._hash = hash_bits(self._places.parameters, self.device)
+            self.check = self.check or SumCheck(state.sketch_size)
+
+    def weigh(
+        self, gradient: Tensor, parameters: Sequence[Tensor], count: int | None = None
+    ) -> tuple[Tensor, Spans]:
+        """Fold a bucket into the ballot, and scale it by this rank's share.
+
+        Args:
+            gradient: `(N,)`, of these parameters one after the other; overwritten.
+            parameters: what names the bucket.
+            count: see `Places.spans`.
+
+        Returns:
+            The share `(2,)` float64, to be added up over the ranks beside the gradient (`kernels.scale`), and where
+            the bucket's elements are in the model.
+        """
+        key, spans = self._places.spans(parameters, count)
+        sketch, square = fold(gradient, spans, self._state.sketch_size)
+        self._sketch += sketch
+        self._squares.setdefault(key, []).append(square)
+        if key not in self._limits:
+            self._limits[key] = self._exchange_norms(square)
+        if self._state.watch or self.group.size() == 1:
+            if self._unit == 1:
+                gradient.div_(self.group.size())  # as torch's `allreduce_hook`; what is not finite passes
+            return self._equal_share.clone(), spans
+        return scale(gradient, square, self._by, self._limits[key]), spans
+
+    def end(self) -> None:
+        """End a step, and send the ballot if it is full."""
+        self.is_open = False
+        self._steps += 1
+        if self._steps >= self._every:
+            self._send()
+        self._state._end_step()
+
+    def draw(self) -> None:
+        """Wait for the ballots that were sent, and let their verdict hold from now on; no collective.
+
+        Raises:
+            ValueError: on every rank: their settings differ.
+            RuntimeError: on every rank: their parameters differ, or an average was not that of the gradients.
+        """
+        if self._sent is None:
+            return
+        sent, self._sent = self._sent, None
+        with named(f"step {sent.step}"):
+            products, held = sent.counting.read()
+            numbers = read(held, len(sent.keys))
+            require_alike(shared(self._state), numbers.settings, self.group.rank())
+            require_equal(numbers.hashes, numbers.finished, self._hosts, sent.step)
+            require_sums(numbers.off.tolist(), self._hosts)
+        verdict = self._verdict(sent, products, numbers)
+        self._off = None
+        if sent.check is not None and not verdict.guarded:
+            self._off = sent.check.off(numbers.squares.sum(1).sqrt()[sent.counted].tolist())
+        self._kept, longest = verdict.kept, verdict.limits.tolist()
+        self._longest |= zip(sent.keys, longest, strict=True)
+        self._by, *limits = self._on_device([self._divisor(), *longest])
+        self._limits |= zip(sent.keys, limits, strict=True)
+        decision = Decision(verdict.agreement, self._places.parameters)
+        self._state._records.add_read(sent.step, decision, self._state.max_consecutive_skips)
+
+    def _verdict(self, sent: "_Sent", products: Tensor, numbers: Numbers) -> Verdict:
+        state = self._state
+        if state._judge is None:
+            return watch(state._weighting_now(), products, numbers, state.max_norm_ratio)
+        limits = torch.tensor([self._longest.get(key, math.inf) for key in sent.keys], dtype=torch.float64)
+        return draw(
+            state._judge, products, numbers, self._voters, sent.steps, state.max_norm_ratio, limits, sent.counted
+        )
+
+    def _counted(self) -> Tensor:
+        """Return who counts in this step, bool `(W,)`."""
+        everyone = self._state.watch or self._state.step < self._state.start_step
+        return torch.ones_like(self._kept) if everyone else self._kept
+
+    def _divisor(self) -> float:
+        """Return how many ranks count in this step, or which part of W; 0 where this one does not."""
+        counted = self._counted()
+        return float(counted.sum()) / self._unit if counted[self.group.rank()] else 0.0
+
+    def recall(self) -> None:
+        """Begin with what the judge remembers, which has been loaded; everybody counts if that is nothing."""
+        kept = None if self._state._judge is None else self._state._judge.kept
+        if kept is not None and len(kept) == self._voters.count:
+            self._kept = self._voters.spread(kept)
+            self._mode = None
+
+    def _on_device(self, numbers: list[float]) -> tuple[Tensor, ...]:
+        """Return numbers as tensors `()` float64 on the device, which the host does not wait for."""
+        held = torch.tensor(numbers, dtype=torch.float64)
+        if self.device.type != "cpu":
+            held = held.pin_memory().to(self.device, non_blocking=True)
+        return held.unbind()
+
+    def _exchange_norms(self, square: Tensor) -> Tensor:
+        """Return the limit of a bucket that no verdict knows, by all ranks' norms of it now."""
+        everyone = square.new_empty(self.group.size())
+        all_gather_single(everyone, square.view(1), group=self.group)
+        ratio = self._state.max_norm_ratio
+        return (math.inf if ratio is None else ratio) * upper_median(
+            everyone.sqrt(), everyone.isfinite() & (everyone > 0)
+        )
+
+    def _begin_ballot(self) -> None:
+        self._sketch = torch.zeros(self._state.sketch_size, dtype=torch.float32, device=self.device)
+        self._squares: dict[Key, list[Tensor]] = {}  # of each bucket, one a step
+        self._steps = 0
+        self._hash, self.check = None, None
+
+    def _send(self) -> None:
+        """Send the ballot; on accelerators it is counted behind backward, and nobody waits for it now."""
+        state, steps, check, counted = self._state, self._steps, self.check, self._counted()
+        squares = [torch.stack(each).sum() if len(each) > 1 else each[0] for each in self._squares.values()]
+        finished = torch._C._current_graph_task_id() == -1  # outside of backward a hook is called in Join alone
+        own = pack(self._sketch, squares, Told(finished, fingerprints(shared(state)), self._hash, self._off))
+        rows = own.new_empty(self.group.size(), len(own))
+        work = all_gather_single(rows.view(-1), own, group=self.group, async_op=True)
+
+        def tally(sketches: Tensor) -> Tensor:
+            if check is not None:
+                check.expect(sketches, counted)
+            voting = self._voters.mean(sketches)
+            return gram(voting) if state._judge is None else state._judge.tally(voting, steps)
+
+        counting = Counting(work, rows, state.sketch_size, tally)
+        self._sent = _Sent(state.step, steps, list(self._squares), counted, check, counting)
+        if state.judge_every is None:
+            self._every = self._affordable()
+        self._begin_ballot()
+
+    def _affordable(self) -> int:
+        """Return how many steps a ballot takes so that ballots are a hundredth of the gradient's bytes."""
+        ballots = 4 * self.group.size() * self._state.sketch_size
+        gradient = sum(each.numel() * each.element_size() for each in self._places.parameters)
+        return 1 if ballots <= _FREE else min(_MOST_STEPS, max(1, math.ceil(ballots / (_PART * gradient))))
+
+
+class _Sent(NamedTuple):
+    """Ballots on their way: the last step that they are about and how many, and what held in these."""
+
+    step: int
+    steps: int
+    keys: list[Key]
+    counted: Tensor
+    check: SumCheck | None
+    counting: Counting

@@ -1,0 +1,52 @@
+"""Where a model's parameters are among its elements, whatever an engine makes of them."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from gaf_ddp.kernels.fold import Spans, spans_of
+
+Key = tuple[int, ...]
+_OF_A_REPLICA = 2**40  # elements, more than any rank's part of a model
+
+
+class Places:
+    """Numbers the elements of a model in the order in which its parameters first come, the same on every rank.
+
+    Engines bring parameters in the same order on all ranks, and in every process that runs the same job. So sketches
+    mean the same after a restart, and when DDP lays its buckets out anew.
+
+    Args:
+        part: which part of a model this rank holds, where ranks hold parts of one (`replica_group`); else 0.
+    """
+
+    def __init__(self, part: int = 0) -> None:
+        self.parameters: list[Tensor] = []  # in their order; held, so that no other takes an id
+        self._next = part * _OF_A_REPLICA
+        self._place: dict[int, int] = {}  # by id
+        self._spans: dict[Key, Spans] = {}
+
+    def spans(self, parameters: Sequence[Tensor], count: int | None = None) -> tuple[Key, Spans]:
+        """Return what names these parameters together, and where the elements of their flat vector are.
+
+        Args:
+            parameters: one after the other in the vector.
+            count: elements of a vector that an engine makes of them in a way of its own; None if they are as they are.
+        """
+        key = tuple(map(id, parameters))
+        if key not in self._spans:
+            known = [self._place_of(each, each.numel() if count is None else 0) for each in parameters]
+            if count is None:
+                counts = (each.numel() for each in parameters)
+                self._spans[key] = spans_of(zip(known, counts, strict=True))
+            else:
+                self._spans[key] = spans_of([(self._next, count)])
+                self._next += count
+        return key, self._spans[key]
+
+    def _place_of(self, parameter: Tensor, count: int) -> int:
+        if id(parameter) not in self._place:
+            self._place[id(parameter)] = self._next
+            self._next += count
+            self.parameters.append(parameter)
+        return self._place[id(parameter)]

@@ -1,0 +1,94 @@
+"""From counted ballots to the verdict: who counts from now on, how long gradients may be, and the record."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gaf_ddp.ballots.ballot import Numbers
+from gaf_ddp.ballots.judge import Judge
+from gaf_ddp.ballots.voters import Voters
+from gaf_ddp.rules.agreement import Agreement, decide
+from gaf_ddp.rules.consensus import upper_median
+from gaf_ddp.rules.weighting import cosine
+
+
+class Verdict(NamedTuple):
+    """What holds from now on.
+
+    Attributes:
+        kept: bool `(W,)`, who counts.
+        limits: `(buckets,)` float64, the longest norm of each bucket's gradient.
+        agreement: the record of what the ballots said.
+        guarded: whether a rank that counted in these steps was shortened, or left out of a bucket.
+    """
+
+    kept: Tensor
+    limits: Tensor
+    agreement: Agreement
+    guarded: bool
+
+
+def draw(
+    judge: Judge,
+    products: Tensor,
+    numbers: Numbers,
+    voters: Voters,
+    steps: int,
+    ratio: float | None,
+    limits: Tensor,
+    counted: Tensor,
+) -> Verdict:
+    """Judge counted ballots, in float64 on the host; the same on every rank.
+
+    Args:
+        judge: the rule, with its memory.
+        products: what `judge.tally` returned for the ballots.
+        numbers: what else they say.
+        voters: who votes together.
+        steps: how many steps the ballots are about.
+        ratio: longest norm, in upper medians of those who count; None for no limit.
+        limits: `(buckets,)`, that held in these steps.
+        counted: bool `(W,)`, who counted in them.
+    """
+    squares = numbers.squares / steps
+    total = squares.sum(1)
+    nonfinite = ~total.isfinite()
+    present = ~nonfinite & (total > 0)
+    found = judge.judge(products, voters.any_of(present), steps)
+    kept = voters.spread(found.kept)
+    counting = kept & present
+    norms = squares.sqrt()
+    gramian = voters.spread(found.gramian)
+    agreement = Agreement(
+        gramian=gramian,
+        cosine=cosine(torch.where(present[:, None] & present[None, :], gramian, 0)),
+        weights=counting.double() / counting.sum().clamp(min=1),
+        kept=counting,
+        agreed=counting.any() | ~(present.any() | nonfinite.any()),
+        voters=present,
+        nonfinite=nonfinite,
+        overlong=present & (norms > limits).any(1),
+        distance=voters.spread(found.z),
+        flipped=voters.spread(found.flipped),
+        finished=numbers.finished != 0,
+    )
+    longest = (math.inf if ratio is None else ratio) * upper_median(norms, counting[:, None] & (norms > 0))
+    alike = norms.isfinite() & (norms <= limits) & ((norms > 0) | (norms == 0).all(0))
+    return Verdict(kept, longest, agreement, guarded=not bool(alike[counted].all()))
+
+
+def watch(
+    weighting: Callable[[Tensor], Tensor], products: Tensor, numbers: Numbers, ratio: float | None
+) -> Verdict:
+    """Record what a rule without a memory would have decided on the ballots' gradients; everyone counts."""
+    total = numbers.squares.sum(1)
+    length = products.diagonal().sqrt()
+    exact = torch.where(length > 0, total.sqrt() / length, 1)  # sketches know norms to 1/√k only
+    gramian = products * exact[:, None] * exact[None, :]
+    gramian.diagonal()[~total.isfinite()] = math.nan
+    agreement = decide(gramian, weighting, ratio)
+    everyone = torch.ones_like(agreement.kept)
+    return Verdict(everyone, torch.full_like(numbers.squares[0], math.inf), agreement, guarded=False)

@@ -1,0 +1,74 @@
+"""The DDP model behind a hook: whose buckets these are, and what a hook cannot filter."""
+
+import weakref
+from collections.abc import Sequence
+from gc import get_objects
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Model:
+    """The model that a state filters, known by the parameters of its buckets.
+
+    A hook is not told its model, and torch has no way to ask. So this looks for it among all objects, some 100 ms
+    once. One that is not found, as after `gc.freeze()`, is not compared with anything.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        found = _find(parameters)
+        self._model = None if found is None else weakref.ref(found)
+        self.process_group: dist.ProcessGroup | None = getattr(found, "process_group", None)
+        # DDP calls the hook for no bucket that nobody used then, perhaps not for the last one.
+        self.may_lack_last_bucket: bool = getattr(found, "skip_all_reduce_unused_params", True)
+        self._known: set[tuple[int, ...]] = set()
+
+    def require_own(self, parameters: Sequence[Tensor]) -> None:
+        """Raise ValueError if these are another model's parameters."""
+        key = tuple(map(id, parameters))
+        model = None if self._model is None else self._model()
+        if key in self._known or model is None:
+            return
+        own = set(map(id, model.parameters()))
+        if not own.issuperset(key):
+            rule = "a GAFState must be of one model alone: make one for each"
+            raise ValueError(f"{rule}, found gradients of another model than {type(model.module).__name__}")
+        self._known.add(key)
+
+    def require_group(self, group: dist.ProcessGroup) -> None:
+        """Raise ValueError if the model averages over another group."""
+        theirs = self.process_group
+        if theirs is not None and theirs.group_name != group.group_name:
+            ranks, their_ranks = dist.get_process_group_ranks(group), dist.get_process_group_ranks(theirs)
+            raise ValueError(
+                f"process_group must be the model's own, found {group.group_name!r} of ranks {ranks} beside "
+                f"the model's {theirs.group_name!r} of ranks {their_ranks}"
+            )
+
+
+def require_whole(parameters: Sequence[Tensor]) -> None:
+    """Raise ValueError if these are parts of a model that other ranks hold the rest of.
+
+    Their ranks would be judged apart, and what is replicated over them would drift.
+    """
+    for parameter in parameters:
+        spec = getattr(parameter, "_st_info", None) or getattr(
+            parameter, "_spec", None
+        )  # as DDP, or torch, has it
+        mesh = getattr(spec, "mesh", None)
+        if mesh is not None and mesh.size() > 1:
+            raise ValueError(
+                f"parameters must be whole on every rank, found one that is spread over {mesh.size()} ranks by "
+                "tensor parallelism: the filter does not know yet which ranks hold one replica"
+            )
+
+
+def _find(parameters: Sequence[Tensor]) -> DistributedDataParallel | None:
+    wanted = {id(parameter) for parameter in parameters}
+    # Not isinstance, which asks an abstract class about each of some 400,000 objects: half a second.
+    for model in [each for each in get_objects() if DistributedDataParallel in type(each).__mro__]:
+        if wanted <= {id(parameter) for parameter in model.parameters()}:
+            found: DistributedDataParallel = model
+            return found
+    return None

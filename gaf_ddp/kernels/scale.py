@@ -1,0 +1,86 @@
+"""What a rank does to its own gradient before it is added up, and to the sum behind it.
+
+A rank that counts divides its gradient by the number of ranks that count, as torch's `allreduce_hook` does, and
+shortens it where it is longer than the limit. One that is left out, or whose gradient is not finite or zero, adds
+zeros. Beside the sum of the gradients goes that of the shares (2,): what ranks really counted, which is 1 where all
+went as expected, and whose gradients were not finite. All ranks see the same sums, and correct by them.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from gaf_ddp.runtime.device import kernels, on_host
+
+_EXACT = 1e-6  # shares of up to 500,000 ranks add up to 1 as near as this, or one of them is missing
+
+
+def scale(gradient: Tensor, square: Tensor, count: Tensor, limit: Tensor) -> Tensor:
+    """Scale a rank's gradient by its share, in place.
+
+    Args:
+        gradient: `(N,)` floating point, any device; overwritten.
+        square: `()` float64, its squared norm, finite exactly where the gradient is.
+        count: `()` float64, what to divide by: how many ranks count, this one with them; 0 where it is left out.
+        limit: `()` float64, the longest norm; longer gradients are shortened to it.
+
+    Returns:
+        The share `(2,)` float64: 1/count or 0, and 1 where the gradient is not finite.
+
+    On an accelerator nothing waits for the device: one launch with Triton, some ten without.
+    """
+    fused = kernels(gradient.device.type, "scale_triton")
+    if fused is not None and fused.can_scale(gradient):
+        scaled: Tensor = fused.scale(gradient, square, count, limit)
+        return scaled
+    return (_scale_on_host if on_host(gradient) else _scale_on_accelerator)(gradient, square, count, limit)
+
+
+def _scale_on_host(gradient: Tensor, square: Tensor, count: Tensor, limit: Tensor) -> Tensor:
+    norm, ranks, longest = math.sqrt(square.item()), count.item(), limit.item()
+    share = 1 / ranks if ranks and 0 < norm < math.inf else 0.0
+    if not share:
+        gradient.zero_()
+    elif ranks != 1:
+        gradient.div_(ranks)
+    if share and norm > longest:
+        gradient.mul_(longest / norm)
+    return torch.tensor([share, not norm < math.inf], dtype=torch.float64)
+
+
+def _scale_on_accelerator(gradient: Tensor, square: Tensor, count: Tensor, limit: Tensor) -> Tensor:
+    norm = square.sqrt()
+    share = torch.where((norm > 0) & norm.isfinite() & (count > 0), 1 / count, 0)
+    factor = share * (limit / norm).clamp(max=1).nan_to_num(1.0)
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    gradient.copy_(torch.where(factor != 0, gradient.to(wide) * factor.to(wide), 0))
+    return torch.stack([share, (~norm.isfinite()).double()])
+
+
+def correct(total: Tensor, shares: Tensor) -> Tensor:
+    """Divide the ranks' sum by what really counted, in place, where that is not 1.
+
+    Where nobody counted the sum is zeros already; it becomes NaN where somebody's gradient was not finite, so that
+    GradScaler backs off.
+
+    Args:
+        total: `(N,)`, the sum of the scaled gradients; overwritten.
+        shares: `(2,)` float64, the sum of the shares.
+
+    Returns:
+        Total. On an accelerator nothing waits for the device: one launch with Triton, some five without.
+    """
+    fused = kernels(total.device.type, "scale_triton")
+    if fused is not None and fused.can_scale(total):
+        corrected: Tensor = fused.correct(total, shares)
+        return corrected
+    if not on_host(total):
+        counted, broken = shares.unbind()
+        divisor = torch.where((counted - 1).abs() > _EXACT, counted, 1)
+        divisor = torch.where(counted > _EXACT, divisor, torch.where(broken > 0, torch.nan, 1))
+        return total.div_(divisor.to(torch.promote_types(total.dtype, torch.float32)))
+    counted, broken = shares.tolist()
+    if counted <= _EXACT:
+        return total.fill_(math.nan) if broken else total
+    return total if abs(counted - 1) <= _EXACT else total.div_(counted)

@@ -1,0 +1,66 @@
+"""The records of one state: the last step's decisions, and the statistics over all of them."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from gaf_ddp.monitor.reading import Reading
+from gaf_ddp.monitor.statistics import Statistics
+from gaf_ddp.rules.agreement import Agreement, unsound
+from gaf_ddp.runtime.device import on_host
+from gaf_ddp.settings import require, require_one
+
+_KEPT = 63  # steps of which a follower that never looks is given the decisions
+
+
+class Decision(NamedTuple):
+    """One decision and the parameters it was about."""
+
+    agreement: Agreement
+    parameters: list[Tensor]
+
+
+class Records:
+    """What was decided, and what of it is still on its way from an accelerator."""
+
+    def __init__(self) -> None:
+        self.decisions: list[Decision] = []
+        self.statistics = Statistics()
+        self.followers: list[list[list[Decision]]] = []  # each is given every step's decisions
+        self._reading = Reading()
+
+    def add_read(self, step: int, decision: Decision, limit: int | None) -> None:
+        """Add a decision that is on the host."""
+        self.decisions = [decision]
+        self.statistics.record(step, [decision.agreement], limit)
+
+    def add(self, step: int, decided: list[Decision], numbers: list[Tensor], limit: int | None) -> None:
+        """Add a step's decisions, with the numbers `(W,)` of the settings each rank decided by.
+
+        On accelerators they are read with the next step's, and what is wrong with them is raised then.
+        """
+        self.decisions = decided
+        for follower in self.followers:
+            follower[:] = [*follower[-_KEPT:], decided]
+        if decided:
+            self._reading.push(step, [each.agreement for each in decided], numbers)
+            self.read(limit, leave=0 if on_host(numbers[0]) else 1)
+
+    def read(self, limit: int | None, leave: int = 0) -> None:
+        """Read all but so many steps that are on their way.
+
+        Raises:
+            ValueError: ranks decided by unlike settings, or a weighting returned what is no weight.
+            RuntimeError: nothing agreed in more steps in a row than the limit.
+        """
+        while len(self._reading) > leave:
+            step, decisions, numbers = self._reading.pop()
+            for each in numbers:
+                require_one(each)
+            wrong = sum(bool(unsound(each.weights, each.voters)) for each in decisions)
+            require(not wrong, "weighting must return finite weights >= 0", f"others in {wrong} decisions")
+            self.statistics.record(step, decisions, limit)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the statistics: decisions belong to this process."""
+        return {"decisions": [], "statistics": self.statistics, "followers": [], "_reading": Reading()}

@@ -1,0 +1,70 @@
+"""What a state saw: sums, where each rank stands, and the alarms that follow from both; plain numbers on the host."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from gaf_ddp.monitor.history import History
+from gaf_ddp.monitor.reports import Report
+from gaf_ddp.monitor.totals import Sums, Totals, between, summary
+from gaf_ddp.monitor.warnings import Alarms
+from gaf_ddp.rules.agreement import Agreement
+from gaf_ddp.runtime.hosts import machine
+
+_CHECKED = 64  # steps between looks at who has been out for long, when nobody asks
+
+
+class Statistics:
+    """Of one state."""
+
+    def __init__(self) -> None:
+        self.hosts: list[str] = []  # of the ranks, once they have met
+        self.speaks = True  # whether this rank warns for all, which know the same
+        self._totals, self._history, self._alarms = Totals(), History(), Alarms()
+        self._reset: Sums = self._totals.read()  # what the sums were at the last reset
+
+    def record(self, step: int, decisions: Sequence[Agreement], limit: int | None) -> None:
+        """Add a step's decisions, on the host; a bucket whose gradient was zero everywhere is no decision.
+
+        Raises:
+            RuntimeError: nothing agreed in more steps in a row than the limit.
+        """
+        decisions = [each for each in decisions if bool((each.voters | each.nonfinite | each.overlong).any())]
+        if decisions:
+            self._totals.add(decisions)
+            self._history.add(step, decisions)
+            self._alarms.count_step(any(bool(each.agreed) for each in decisions), limit)
+        if self.speaks and (step + 1) % _CHECKED == 0:
+            self._alarms.warn_of_ranks(self.report(step + 1))
+
+    def summary(self, step: int, reset: bool) -> dict[str, float]:
+        """Return what `GAFState.summary` promises, after so many steps."""
+        now = self._totals.read()
+        found = summary(between(self._reset, now))
+        report = self.report(step)
+        if self.speaks:
+            self._alarms.warn_of_skips(found)
+            self._alarms.warn_of_ranks(report)
+        if reset:
+            self._reset = now
+        out = [0 if rank.out_since is None else step - rank.out_since for rank in report.ranks if found]
+        return {**found, **{f"gaf/out_rank_{rank:02d}": float(steps) for rank, steps in enumerate(out)}}
+
+    def report(self, step: int) -> Report:
+        """Return where the ranks stand after so many steps."""
+        return self._history.report(step, [machine(host) for host in self.hosts], self._totals.read())
+
+    def sums(self) -> Sums:
+        """Return the sums of all decisions so far."""
+        return self._totals.read()
+
+    def state_dict(self) -> dict[str, Sums]:
+        """Return it as plain numbers, the same keys always."""
+        return {"totals": self._totals.read(), "reset": self._reset, "history": self._history.read()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it from a dict that holds it; ValueError if it does not, nothing is changed then."""
+        totals, reset, history = Totals(), Totals(), History()
+        totals.load(state["totals"])
+        reset.load(state["reset"])
+        history.load(state["history"])
+        self._totals, self._history, self._reset = totals, history, reset.read()

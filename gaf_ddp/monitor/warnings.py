@@ -1,0 +1,45 @@
+"""What an operator is told without asking: warnings in the log, and an end to steps on which nothing agrees."""
+
+import logging
+from collections.abc import Mapping
+
+from gaf_ddp.monitor.reports import Report
+
+_logger = logging.getLogger(__name__)
+_LONG = 200  # steps in a row for which a rank must be out to be named
+_QUIET = 1000  # steps between two such warnings
+
+
+class Alarms:
+    """One state's alarms."""
+
+    def __init__(self) -> None:
+        self._skips = 0  # steps in a row on which nothing agreed
+        self._quiet_until = 0  # the step from which on ranks that are out are named again
+
+    def count_step(self, agreed: bool, limit: int | None) -> None:
+        """Count a step; raise RuntimeError if nothing agreed in more steps in a row than the limit."""
+        self._skips = 0 if agreed else self._skips + 1
+        if limit is not None and self._skips > limit:
+            rule = f"max_consecutive_skips is {limit}"
+            raise RuntimeError(f"{rule}, found {self._skips} steps in a row on which no gradients agreed")
+
+    def warn_of_skips(self, summary: Mapping[str, float]) -> None:
+        """Warn if more than half of the decisions found no agreement."""
+        if summary.get("gaf/skipped_fraction", 0.0) > 0.5:
+            _logger.warning(
+                "gaf_ddp: nothing agreed in %.0f %% of the decisions; %s",
+                100 * summary["gaf/skipped_fraction"],
+                "gradients are not finite: is wire_dtype float16, or the learning rate or loss scale too large?"
+                if summary["gaf/nonfinite_fraction"] > 0.5
+                else "raise tau or the batch size per rank",
+            )
+
+    def warn_of_ranks(self, report: Report) -> None:
+        """Warn of the ranks that have been out for long, at most once in a thousand steps."""
+        if report.step < self._quiet_until:
+            return
+        out = report.out_for(_LONG)
+        if out:
+            self._quiet_until = report.step + _QUIET
+            _logger.warning("gaf_ddp: left out for long, is it broken? %s", "; ".join(map(str, out)))

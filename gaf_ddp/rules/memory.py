@@ -1,0 +1,99 @@
+"""The consensus rule with a memory: voters judged by their momenta, m ← 0.99 m + g.
+
+One batch's distances are mostly noise, those of momenta are less so. Beside the rule of consensus.py, a ballot does
+three things, all by matrices `(V, V)`:
+
+- Momenta are kept relative to the consensus: the members' mean is taken off them, which no distance sees. So a
+  voter that has no gradient now stays where it was among the others, fading, and is judged by that when it comes
+  back; and float32 holds distances that are small beside what the voters have in common.
+- Momenta of voters that are very far are drawn in, m_j ← mean + (m_j − mean) · 5/z_j if z_j > 5, so that a burst,
+  however long its gradients, is over a horizon later. One that is not finite becomes the mean. The mean is that of
+  the members without j.
+- Voters that turn their gradient's sign are found by the gradients' mean cosines (decay 0.98): where gradients
+  average to little, momenta do not show it. The mean of two voters goes over the steps in which both voted, stands
+  still in others, and counts, other than as 0, from the 50th such step on.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gaf_ddp.rules.consensus import distances, lower_median
+from gaf_ddp.rules.weighting import cosine
+
+MOMENTUM = 0.99  # per step; 0.97 to 0.995 do the same
+_REACH = 5.0  # z beyond which momenta are drawn in
+_DECAY, _STEPS = 0.98, 50  # of mean cosines, and the steps that two voters share before theirs counts
+_ENOUGH = (1 - _DECAY ** (_STEPS - 0.5)) / (1 - _DECAY)  # their decayed number, less half a step for rounding
+
+
+class Judgement(NamedTuple):
+    """What the rule says of V voters, all float64 on the host but for the second.
+
+    Attributes:
+        z: `(V,)`, distance to the consensus in its members' median distance; NaN where there is no gradient now,
+            no finite momentum, or nobody to be compared with.
+        flipped: bool `(V,)`, its mirror image would be a member.
+        moves: `(V, V)`, to be taken to the momenta (`moves @ momenta`) before the next gradients are added.
+    """
+
+    z: Tensor
+    flipped: Tensor
+    moves: Tensor
+
+
+class ConsensusMemory:
+    """What the rule remembers beside the momenta: decayed sums of the gradients' cosines, and their numbers."""
+
+    def __init__(self) -> None:
+        self.cosines = torch.zeros(2, 0, 0, dtype=torch.float64)
+
+    def judge(self, momenta: Tensor, gradients: Tensor, voters: Tensor, steps: int = 1) -> Judgement:
+        """Judge one ballot, and remember it; in float64 on the host.
+
+        Args:
+            momenta: `(V, V)`, Gramian of the momenta, with the ballot's gradients in them.
+            gradients: `(V, V)`, Gramian of the ballot's gradients; zeros beside who has none.
+            voters: bool `(V,)`, who has a gradient that is finite and not zero.
+            steps: how many steps the ballot is about.
+        """
+        if self.cosines.shape[1:] != momenta.shape:
+            self.cosines = torch.zeros(2, *momenta.shape, dtype=torch.float64)
+        z, members = distances(momenta, voters)
+        z = torch.where(voters, z, math.nan)
+        flipped = self._find_flipped(gradients, voters, steps)
+        return Judgement(z, flipped, _moves(z, members, voters, momenta.diagonal().isfinite()))
+
+    def _find_flipped(self, gradients: Tensor, voters: Tensor, steps: int) -> Tensor:
+        pairs = voters[:, None] & voters[None, :]
+        decay = _DECAY**steps
+        each = (1 - decay) / (1 - _DECAY)  # so many steps at once count as many times
+        now = each * torch.stack([torch.where(pairs, cosine(gradients), 0), pairs.double()])
+        self.cosines = self.cosines * torch.where(pairs, decay, 1.0) + now
+        total, number = self.cosines
+        return find_flipped(torch.where(number > _ENOUGH, total / number, 0), voters)
+
+
+def find_flipped(similarity: Tensor, voters: Tensor) -> Tensor:
+    """Return whose mirror image would be a member by mean cosines `(V, V)`, bool `(V,)`.
+
+    With a_j the (h−1)-th largest mean cosine of j with others, and q the lower median of a over the voters: where
+    q > 0 and −2q ≤ a_j ≤ −q/2. No wider, as honest ranks with data of their own reach −7 q.
+    """
+    itself = torch.eye(len(voters), dtype=torch.bool)
+    order = torch.where(voters, similarity, -math.inf).masked_fill(itself, math.inf).sort(1, descending=True)
+    a = order.values.index_select(1, (voters.sum() // 2).view(1)).squeeze(1)
+    q = lower_median(a, voters)
+    return voters & (q > 0) & (-2 * q <= a) & (a <= -q / 2)
+
+
+def _moves(z: Tensor, members: Tensor, voters: Tensor, known: Tensor) -> Tensor:
+    """Return what brings far momenta nearer and takes the members' mean off all that have a gradient now."""
+    itself = torch.eye(len(voters), dtype=torch.float64)
+    everyone = members.double()
+    without = everyone * (1 - itself)  # row j: the members without j; then means
+    without, everyone = (m / m.sum(-1, keepdim=True).clamp(min=1) for m in (without, everyone))
+    stays = torch.where(known, torch.where(z > _REACH, _REACH / z, 1), 0)[:, None]
+    return stays * itself + (1 - stays) * without - (voters | ~known)[:, None] * everyone

@@ -1,0 +1,43 @@
+"""What a device can do: let the host read its memory at once, and run fused kernels."""
+
+import os
+import warnings
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+_HOST = "cpu"  # what is no accelerator: the one place to change for tests of the accelerators' way without one
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Return whether the host may read the tensor at once: on an accelerator it would wait for the device."""
+    return tensor.device.type == _HOST
+
+
+@cache
+def kernels(device_type: str, name: str = "gram_triton") -> ModuleType | None:
+    """Return the module of that name in gaf_ddp.kernels, or None where plain torch does the work.
+
+    Triton's kernels run on NVIDIA GPUs where Triton is installed and can compile; the environment variable
+    `GAF_DDP_TRITON=0` turns them off. All ranks should have them, or none.
+    """
+    return import_module(f"gaf_ddp.kernels.{name}") if _has_kernels(device_type) else None
+
+
+@cache
+def _has_kernels(device_type: str) -> bool:
+    if device_type != "cuda" or torch.version.hip is not None or os.environ.get("GAF_DDP_TRITON") == "0":
+        return False
+    try:
+        fused = import_module("gaf_ddp.kernels.gram_triton")
+    except ImportError:
+        return False
+    try:
+        fused.probe(torch.device(device_type))
+    except Exception as error:  # whatever its compiler may raise: none of it need stop training
+        warnings.warn(f"gaf_ddp: Triton cannot compile here, plain torch does its work: {error}", stacklevel=2)
+        return False
+    return True
