@@ -12,6 +12,9 @@ from gaf_ddp.monitor.records import Decision
 from gaf_ddp.state import GAFState
 
 
+_MOST = 63  # backwards before a step that are looked at, of an optimizer that does not step
+
+
 def skip_on_disagreement(optimizer: Optimizer, state: GAFState) -> Callable[[], None]:
     """Make `optimizer.step()` leave out what the ranks did not agree on: no momentum, no decay, no step count.
 
@@ -45,11 +48,11 @@ def skip_on_disagreement(optimizer: Optimizer, state: GAFState) -> Callable[[], 
     ]
 
     followers = state._records.followers
-    followers.append(veto.steps)
+    followers.append(veto.follow)
 
     def undo() -> None:
         if handles:
-            followers[:] = [each for each in followers if each is not veto.steps]
+            followers.remove(veto.follow)
         while handles:
             handles.pop().remove()
 
@@ -76,8 +79,14 @@ class _Veto:
 
     def __init__(self, state: GAFState) -> None:
         self._state = state
-        self.steps: list[list[Decision]] = []  # what backwards since the optimizer's last step decided
+        self.steps: list[list[Decision]] = []  # what backwards decided on the gradients that there are
+        self._stepped = False  # the optimizer, by these
         self._borrowed: dict[str, Any] | None = None  # the optimizer's own found_inf and grad_scale
+
+    def follow(self, decided: list[Decision]) -> None:
+        """Take in what another backward decided."""
+        before = [] if self._stepped else self.steps[-_MOST:]
+        self.steps, self._stepped = [*before, decided], False
 
     def before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -98,8 +107,8 @@ class _Veto:
         return (this, closure_then_veto, *given[1:]), {k: v for k, v in kwargs.items() if k != "closure"}
 
     def after_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Put back what was borrowed for the veto; what comes is another step's."""
-        self.steps.clear()
+        """Put back what was borrowed for the veto; what is decided next is another step's."""
+        self._stepped = True
         if self._borrowed is None:
             return
         for name in ("found_inf", "grad_scale"):

@@ -126,11 +126,10 @@ class GAFState:
 
     def __setattr__(self, name: str, value: object) -> None:
         """Assign a setting; AttributeError for those that hold from the first bucket on."""
-        if name in settings.RULES and self.__dict__.get("_is_connected", False):
-            if name not in settings.ASSIGNABLE:
+        if name in settings.RULES:
+            if name not in settings.ASSIGNABLE and self.__dict__.get("_is_connected", False):
                 raise AttributeError(f"{name} holds from the first bucket on: make a new GAFState for a new model")
-            words, holds = settings.RULES[name]
-            require(holds(value), f"{name} must be {words}", value)
+            settings.require_valid(**{name: value})
         if (
             name in ("tau", "weighting")
             and "step" in self.__dict__
@@ -238,7 +237,7 @@ class GAFState:
 
     def _tau_now(self) -> float:
         assert self.tau is not None
-        return self.tau(self.step) if callable(self.tau) else self.tau
+        return require_tau(self.tau(self.step)) if callable(self.tau) else self.tau
 
     def _end_step(self) -> None:
         self.step += 1

@@ -34,7 +34,7 @@ def check_errors() -> None:
         filter_fsdp(check_errors, GAFState())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"state must be a GAFState, found int"):
         filter_fsdp(network(), 3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"scope must be 'bucket' or 'running' under fully_shard.*found 'model'"):
+    with pytest.raises(ValueError, match=r"scope must be 'bucket' under fully_shard.*found 'model'"):
         filter_fsdp(network(), GAFState(tau=0.5, scope="model"))
     with pytest.raises(ValueError, match=r"wire_dtype must be None under fully_shard.*found torch.bfloat16"):
         filter_fsdp(network(), GAFState(wire_dtype=torch.bfloat16))
@@ -95,10 +95,17 @@ class Checkpointed(nn.Module):
 
 
 def check_reentrant_checkpoint() -> None:
-    """A backward inside of another would end the step for every unit."""
+    """A backward inside of another would end the step for every unit; one step late it is one step."""
     model = Checkpointed()
     fully_shard(model)
-    filter_fsdp(model, GAFState())
+    state = filter_fsdp(model, GAFState())
+    for _ in range(4):
+        model(torch.randn(6, 12, requires_grad=True)).sum().backward()
+    assert len(state.decisions) == 1
+    assert state.step in (3, 4)  # the last one may end with the next one's first unit
+    model = Checkpointed()
+    fully_shard(model)
+    filter_fsdp(model, GAFState(tau=1.0))
     with pytest.raises(RuntimeError, match=r"one backward, found one inside of another.*use_reentrant=True"):
         model(torch.randn(6, 12, requires_grad=True)).sum().backward()
 
@@ -106,7 +113,7 @@ def check_reentrant_checkpoint() -> None:
 def check_reduction_outside_of_backward() -> None:
     """Gradients that are reduced outside of a backward, as torch 2.15 can, would be in no step."""
     model = probes()
-    filter_fsdp(model, GAFState())
+    filter_fsdp(model, GAFState(tau=1.0))
     if hasattr(model, "set_manual_backward_finalization"):
         model.set_manual_backward_finalization(True)
         model(torch.ones(count())).backward()

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gaf_ddp import GAFState, Mean, NeighborhoodAgreement, Weighting, connect, gaf_hook, skip_on_disagreement
+from gaf_ddp import GAFState, Mean, NeighborhoodAgreement, Weighting, gaf_hook, skip_on_disagreement
+from gaf_ddp import settings as of_the_package
 from tests.nets import Probe, ddp
 
 Ranks = Callable[..., list[Any]]
@@ -39,10 +40,10 @@ def backwards(device: torch.device, usual: dict[str, Any], unusual: dict[str, An
     """Return how two models' first backwards end where rank 1's settings, or its step, differ."""
     mine = dist.get_rank() == 1
     settings = unusual if mine else usual
-    state = GAFState(**(settings if "weighting" in settings else {"tau": 1.0, **settings}))
-    state.step = step if mine else 0
     ends = []
     for _ in range(2):
+        state = GAFState(**(settings if "weighting" in settings or "momentum" in settings else {"tau": 1.0, **settings}))
+        state.step = step if mine else 0
         model = ddp(Probe([40]), device)
         model.register_comm_hook(state, gaf_hook)
         try:
@@ -64,9 +65,10 @@ UNLIKE: list[tuple[Case, str, str]] = [  # with what is named, and how it differ
     (({}, {"exchange": "gather"}, 0), "exchange", "auto on rank 0 and gather"),
     (({}, {"sketch_size": 64}, 0), "sketch_size", "4096 on rank 0 and 64"),
     (({}, {"wire_dtype": torch.float16}, 0), "wire_dtype", "None on rank 0 and torch.float16"),
-    (({}, {"vote_momentum": 0.5}, 0), "vote_momentum", "0.0 on rank 0 and 0.5"),
+    (({"momentum": 0.9}, {"momentum": 0.5}, 0), "momentum", "0.9 on rank 0 and 0.5"),
+    (({}, {"watch": True}, 0), "watch", "False on rank 0 and True"),
     (({}, {"max_norm_ratio": None}, 0), "max_norm_ratio", "10.0 on rank 0 and None"),
-    (({}, {"start_step": 1}, 0), "weighting", "NeighborhoodAgreement(tau=1.0) on rank 0 and Mean()"),
+    (({}, {"start_step": 1}, 0), "start_step", "0 on rank 0 and 1"),
     (
         ({"weighting": NeighborhoodAgreement(0.9)}, {"weighting": NeighborhoodAgreement(0.8)}, 0),
         "weighting",
@@ -77,7 +79,7 @@ UNLIKE: list[tuple[Case, str, str]] = [  # with what is named, and how it differ
 ALIKE: list[Case] = [
     ({"max_norm_ratio": 10}, {"max_norm_ratio": 10.0}, 0),
     ({"tau": 1}, {"tau": 1.0}, 0),
-    ({"vote_momentum": 0}, {"vote_momentum": 0.0}, 0),
+    ({"momentum": 0}, {"momentum": 0.0}, 0),
     ({"tau": constant}, {"tau": 1.0}, 0),
     ({"tau": constant}, {"tau": constant}, 0),
     ({"weighting": Odd()}, {"weighting": Odd()}, 0),  # all there is to compare is the name
@@ -100,7 +102,7 @@ def test_what_decides_alike_or_cannot_be_compared_is_no_difference(ranks: Ranks)
 
 def backward_with_another_torch(device: torch.device) -> list[str]:
     if dist.get_rank() == 1:
-        connect.versions = lambda: {"torch": "1.0", "triton": "none"}  # type: ignore[assignment,attr-defined]
+        of_the_package.versions = lambda: {"torch": "1.0", "triton": "none"}  # type: ignore[assignment,attr-defined]
     return backwards(device, {}, {}, 0)
 
 

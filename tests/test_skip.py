@@ -12,7 +12,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from gaf_ddp import GAFState, skip_on_disagreement
 from gaf_ddp.rules.agreement import decide
-from gaf_ddp.exchange.pipeline import Decision
+from gaf_ddp.monitor.records import Decision
 from gaf_ddp.rules.neighborhood import NeighborhoodAgreement
 from tests.nets import Probe
 from tests.syncs import HostSyncs
@@ -35,8 +35,15 @@ def decided(module: Probe, agreed: bool, scope: str = "model") -> GAFState:
     """Return a state that has just decided on all of the module's parameters."""
     state = GAFState(tau=0.5, scope=scope)  # type: ignore[arg-type]
     decision = decide(torch.ones(2, 2) if agreed else torch.eye(2), NeighborhoodAgreement(0.5), None)
-    state.decisions = [Decision(decision, list(module.parameters()))]
+    state._records.decisions = [Decision(decision, list(module.parameters()))]
     return state
+
+
+def skip(optimizer: Optimizer, state: GAFState) -> Callable[[], None]:
+    """Register the skip as if before the state's last backward, whose decisions it follows then."""
+    undo = skip_on_disagreement(optimizer, state)
+    state._records.followers[-1](state._records.decisions)
+    return undo
 
 
 def step_with_gradients(optimizer: Optimizer, module: Probe) -> list[str]:
@@ -56,7 +63,7 @@ class TestHostSyncs:
         optimizer = FUSED[name](probe.parameters())
         step_with_gradients(optimizer, probe)  # SGD's momentum exists from here on
         without = step_with_gradients(optimizer, probe)
-        skip_on_disagreement(optimizer, decided(probe, agreed))
+        skip(optimizer, decided(probe, agreed))
         before = copy.deepcopy(probe)
         assert step_with_gradients(optimizer, probe) == without == []
         assert all(p.grad is not None for p in probe.parameters())
@@ -66,7 +73,7 @@ class TestHostSyncs:
     def test_others_wait_once(self, scope: str) -> None:
         probe = Probe(SIZES)
         optimizer = SGD(probe.parameters(), lr=0.1)
-        skip_on_disagreement(optimizer, decided(probe, False, scope))
+        skip(optimizer, decided(probe, False, scope))
         assert len(step_with_gradients(optimizer, probe)) == 1
 
 
@@ -74,7 +81,7 @@ class TestWhatIsBorrowed:
     def test_is_put_back(self) -> None:
         probe = Probe(SIZES)
         optimizer: Any = AdamW(probe.parameters(), fused=True)
-        skip_on_disagreement(optimizer, decided(probe, False))
+        skip(optimizer, decided(probe, False))
         step_with_gradients(optimizer, probe)
         assert not hasattr(optimizer, "found_inf")
         assert not hasattr(optimizer, "grad_scale")
@@ -87,7 +94,7 @@ class TestWhatIsBorrowed:
     def test_an_overflow_stays_one(self) -> None:
         probe = Probe(SIZES)
         optimizer: Any = AdamW(probe.parameters(), fused=True)
-        skip_on_disagreement(optimizer, decided(probe, True))
+        skip(optimizer, decided(probe, True))
         before = copy.deepcopy(probe)
         optimizer.found_inf, optimizer.grad_scale = torch.tensor(1.0), None
         step_with_gradients(optimizer, probe)
@@ -108,7 +115,7 @@ def test_parameters_the_hook_did_not_judge_are_stepped(make: Any) -> None:
     judged, other = Probe(SIZES), Probe([5])
     before = copy.deepcopy(judged), copy.deepcopy(other)
     optimizer = make([*judged.parameters(), *other.parameters()])
-    skip_on_disagreement(optimizer, decided(judged, False))
+    skip(optimizer, decided(judged, False))
     other.parts[0].grad = torch.ones(5)
     step_with_gradients(optimizer, judged)
     assert not any(moved(judged, before[0]))
@@ -118,7 +125,7 @@ def test_parameters_the_hook_did_not_judge_are_stepped(make: Any) -> None:
 def test_undo_leaves_nothing_behind() -> None:
     probe = Probe(SIZES)
     optimizer = SGD(probe.parameters(), lr=0.1)
-    skip_on_disagreement(optimizer, decided(probe, False))()
+    skip(optimizer, decided(probe, False))()
     before = copy.deepcopy(probe)
     step_with_gradients(optimizer, probe)
     assert all(moved(probe, before))
@@ -150,7 +157,7 @@ def test_wrapped_optimizers_skip_too_and_undo_works_twice(wraps: int) -> None:
     for _ in range(wraps):
         optimizer = Wrapper(optimizer)
     state = decided(probe, False)
-    undo, again = skip_on_disagreement(optimizer, state), skip_on_disagreement(optimizer, state)
+    undo, again = skip(optimizer, state), skip(optimizer, state)
     step_with_gradients(optimizer, probe)
     assert not any(moved(probe, before))
     undo()

@@ -14,11 +14,10 @@ from torch import Tensor
 from gaf_ddp import ConsensusAgreement, GAFState, Mean, NeighborhoodAgreement, SequentialAgreement, gaf_hook
 from gaf_ddp.rules.agreement import decide
 from gaf_ddp.connect import connect
-from gaf_ddp.exchange.pipeline import Decision
+from gaf_ddp.monitor.records import Decision
 from tests.gradients import random_gradients
 from tests.nets import Probe, ddp
 from tests.properties import gramian_of
-from tests.syncs import HostSyncs
 
 Ranks = Callable[..., list[Any]]
 
@@ -34,7 +33,8 @@ def filled(world_size: int = 3) -> GAFState:
 def end_step(state: GAFState, gramian: Tensor) -> None:
     """Let a step end on which the state's own rule decided on this Gramian."""
     agreement = decide(gramian, state._weighting_now(), state.max_norm_ratio)
-    state._end_step([(Decision(agreement, []), torch.zeros(len(gramian)))])
+    state._records.add(state.step, [Decision(agreement, [])], [torch.zeros(len(gramian))], None)
+    state._end_step()
 
 
 class TestSettings:
@@ -50,14 +50,14 @@ class TestSettings:
             ({"tau": True}, r"tau must be a cosine distance in \[0, 2\], found True"),
             ({"tau": 1.0, "weighting": Mean()}, "tau and weighting exclude each other: .* found 1.0"),
             ({"weighting": 0.9}, "weighting must be callable or None, found 0.9"),
-            ({"scope": "layer"}, "scope must be 'bucket', 'model', 'running' or None, found 'layer'"),
-            ({"tau": 1.0, "scope": "running"}, "scope must be 'bucket' or 'model', found 'running'"),
-            ({"weighting": Mean(), "scope": "running"}, "scope must be 'bucket' or 'model', found 'running'"),
+            ({"scope": "layer"}, "scope must be 'bucket', 'model' or None, found 'layer'"),
+            ({"tau": 1.0, "scope": "running"}, "scope must be 'bucket', 'model' or None, found 'running'"),
+            ({"scope": "bucket"}, "scope is for tau and weighting: the consensus rule .*, found 'bucket'"),
+            ({"exchange": "gather"}, "exchange is for tau and weighting: the consensus rule .*, found 'gather'"),
             ({"exchange": "ring"}, "exchange must be 'auto', 'sketch', 'sharded' or 'gather', found 'ring'"),
             ({"sketch_size": 63}, "sketch_size must be an integer >= 64, found 63"),
             ({"sketch_size": 64.0}, "sketch_size must be an integer >= 64, found 64.0"),
             ({"watch": 1}, "watch must be True or False, found 1"),
-            ({"watch": True, "exchange": "gather"}, "watch is for exchange 'sketch', found 'gather'"),
             ({"start_step": -1}, "start_step must be an integer >= 0, found -1"),
             ({"start_step": 1.5}, "start_step must be an integer >= 0, found 1.5"),
             ({"start_step": True}, "start_step must be an integer >= 0, found True"),
@@ -67,12 +67,13 @@ class TestSettings:
             ({"max_norm_ratio": 0.5}, "max_norm_ratio must be None or a number >= 1, found 0.5"),
             ({"max_norm_ratio": float("nan")}, "max_norm_ratio must be None or a number >= 1, found nan"),
             ({"max_norm_ratio": "10"}, "max_norm_ratio must be None or a number >= 1, found '10'"),
-            ({"vote_momentum": 1}, r"vote_momentum must be a number in \[0, 1\), found 1"),
-            ({"vote_momentum": -0.1}, r"vote_momentum must be a number in \[0, 1\), found -0.1"),
-            ({"vote_momentum": None}, r"vote_momentum must be a number in \[0, 1\), found None"),
-            ({"vote_momentum": 0.5}, "vote_momentum must be 0 with the consensus rule and .*, found 0.5"),
+            ({"momentum": 1}, r"momentum must be a number in \[0, 1\), found 1"),
+            ({"momentum": -0.1}, r"momentum must be a number in \[0, 1\), found -0.1"),
+            ({"momentum": None}, r"momentum must be a number in \[0, 1\), found None"),
+            ({"judge_every": 0}, "judge_every must be None or an integer >= 1, found 0"),
+            ({"judge_every": 1.0}, "judge_every must be None or an integer >= 1, found 1.0"),
             ({"voters": "node"}, "voters must be 'rank' or 'host', found 'node'"),
-            ({"voters": "host", "exchange": "sharded"}, "voters='host' is for exchange 'sketch', found 'sharded'"),
+            ({"voters": "host", "tau": 1.0}, "voters='host' is for the consensus rule.*, found 'host'"),
             ({"max_norm_ratio": True}, "max_norm_ratio must be None or a number >= 1, found True"),
         ],
         ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -88,8 +89,9 @@ class TestSettings:
             {"tau": 2},
             {"tau": lambda step: 1.0},
             {"weighting": lambda gramian: gramian[0]},
-            {"scope": "bucket", "exchange": "gather"},
-            {"scope": "model", "exchange": "sharded"},
+            {"scope": "bucket", "exchange": "gather", "tau": 1.0},
+            {"scope": "model", "exchange": "sharded", "tau": 1.0},
+            {"scope": "model", "exchange": "sketch"},
             {"start_step": 0},
             {"wire_dtype": torch.float16},
             {"wire_dtype": torch.bfloat16},
@@ -97,9 +99,9 @@ class TestSettings:
             {"max_norm_ratio": 1},
             {"max_norm_ratio": float("inf")},
             {"max_norm_ratio": None},
-            {"vote_momentum": 0},
-            {"vote_momentum": 0.9, "tau": 1.0},
-            {"weighting": ConsensusAgreement(2.0), "scope": "running"},
+            {"momentum": 0},
+            {"momentum": 0.9, "judge_every": 8},
+            {"weighting": ConsensusAgreement(2.0), "scope": "model"},
             {"sketch_size": 64},
             {"watch": True},
             {"watch": True, "tau": 1.0},
@@ -114,11 +116,10 @@ class TestSettings:
 
     def test_defaults(self) -> None:
         state = GAFState()
-        assert isinstance(state._weighting_now(), ConsensusAgreement)
-        assert (state.tau, state.scope, state.exchange, state.start_step) == (None, "running", "sketch", 0)
+        assert (state.tau, state.scope, state.exchange, state.start_step) == (None, "model", "sketch", 0)
         assert (state.process_group, state.weighting, state.wire_dtype) == (None, None, None)
-        assert (state.max_norm_ratio, state.vote_momentum, state.sketch_size, state.watch) == (10, 0, 4096, False)
-        assert state.voters == "rank"
+        assert (state.max_norm_ratio, state.momentum, state.sketch_size, state.watch) == (10, 0.99, 4096, False)
+        assert (state.voters, state.judge_every, state.check_every) == ("rank", None, None)
         assert (state.step, state.agreement, state.decisions, state.summary()) == (0, None, [], {})
 
     @pytest.mark.parametrize("settings", [{"tau": 1.0}, {"weighting": Mean()}], ids=str)
@@ -176,12 +177,6 @@ class TestSummary:
         assert state.summary() == once
         assert once["gaf/kept_fraction"] == 0.5
         assert state.summary() == {}
-
-    def test_waits_for_the_statistics_and_for_where_ranks_stand(self) -> None:
-        state = filled()
-        with HostSyncs() as syncs:
-            state.summary()
-        assert len(syncs.calls) == 2
 
     @pytest.mark.parametrize(("agreed", "warns"), [(1, False), (0, True)])
     def test_warns_when_most_decisions_found_no_agreement(
@@ -260,6 +255,41 @@ def test_gradients_are_judged_in_their_dtype_or_better(ranks: Ranks) -> None:
         assert single < 1e-5
         assert double < 1e-12
         assert mixed < 1e-5
+
+
+def assign_after_the_first_bucket(device: torch.device, settings: dict[str, Any]) -> dict[str, str]:
+    """Return what is said of each setting that is assigned while training."""
+    model, state = ddp(Probe([40]), device), GAFState(**settings)
+    model.register_comm_hook(state, gaf_hook)
+    model(torch.ones(40, device=device)).backward()
+    said = {}
+    for name in ("scope", "exchange", "wire_dtype", "sketch_size", "voters", "momentum", "judge_every", "check_every"):
+        try:
+            setattr(state, name, getattr(GAFState(), name))
+            said[name] = "nothing"
+        except AttributeError as error:
+            said[name] = str(error)
+    state.start_step, state.max_norm_ratio = 5, None
+    return said
+
+
+@pytest.mark.parametrize("settings", [{}, {"tau": 1.0}], ids=str)
+def test_what_holds_from_the_first_bucket_on_cannot_be_assigned(gloo_ranks: Ranks, settings: dict[str, Any]) -> None:
+    for said in gloo_ranks(2, assign_after_the_first_bucket, settings):
+        for name, message in said.items():
+            assert message == f"{name} holds from the first bucket on: make a new GAFState for a new model"
+
+
+@pytest.mark.parametrize(("name", "value"), [("tau", 0.9), ("weighting", Mean())])
+def test_the_consensus_rule_cannot_be_exchanged_for_another(name: str, value: Any) -> None:
+    with pytest.raises(AttributeError, match=f"{name} cannot be assigned where the consensus rule judges"):
+        setattr(GAFState(), name, value)
+
+
+def test_what_is_assigned_is_checked() -> None:
+    state = GAFState(tau=1.0)
+    with pytest.raises(ValueError, match="watch must be True or False, found 3"):
+        state.watch = 3  # type: ignore[assignment]
 
 
 def test_a_state_without_a_group_says_so() -> None:

@@ -1,5 +1,6 @@
 """The records of one state: the last step's decisions, and the statistics over all of them."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -9,9 +10,6 @@ from gaf_ddp.monitor.statistics import Statistics
 from gaf_ddp.rules.agreement import Agreement, unsound
 from gaf_ddp.runtime.device import on_host
 from gaf_ddp.settings import require, require_one
-
-_KEPT = 63  # steps of which a follower that never looks is given the decisions
-
 
 class Decision(NamedTuple):
     """One decision and the parameters it was about."""
@@ -26,7 +24,7 @@ class Records:
     def __init__(self) -> None:
         self.decisions: list[Decision] = []
         self.statistics = Statistics()
-        self.followers: list[list[list[Decision]]] = []  # each is given every step's decisions
+        self.followers: list[Callable[[list[Decision]], None]] = []  # each is told every step's decisions
         self._reading = Reading()
 
     def add_read(self, step: int, decision: Decision, limit: int | None) -> None:
@@ -41,7 +39,7 @@ class Records:
         """
         self.decisions = decided
         for follower in self.followers:
-            follower[:] = [*follower[-_KEPT:], decided]
+            follower(decided)
         if decided:
             self._reading.push(step, [each.agreement for each in decided], numbers)
             self.read(limit, leave=0 if on_host(numbers[0]) else 1)
