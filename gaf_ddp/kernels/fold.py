@@ -1,50 +1,29 @@
 """Sketches: gradients folded into k numbers that keep their inner products, by which ranks can be judged.
 
-`sketch[j] = Σ s(n) · g[n]` over the elements n of the model's gradient with `n mod p = j`. The signs s(n) of ±1 are
-the same on every rank and device, and p is the largest prime that k holds; the few numbers beyond it are 0. The
-sketch is linear, and an inner product of two sketches is that of the gradients to a standard error of |x||y|/√k.
+`sketch[j] = Σ s(n) · g[n]` over the elements n of the model's gradient with `n mod p = j`. The signs s(n) of ±1
+are the same on every rank and device, and p is the largest prime that k holds; the few numbers beyond it are 0.
+The sketch is linear: an inner product of two sketches is that of the gradients to a standard error of |x||y|/√k.
 
 An element's sign and column follow from its place in the model alone. So any part of a gradient can be folded by
 itself, and what engines make of it does not matter: their buckets, units and parameters add up to the same sketch.
 
-Signs vary per element: with one a row, gradients of rank one (batch 1, wide layers) have many times the error. A
-prime, since in rows of 4096 layers of width 128 or 1024 put the same unit into the same column again and again.
-Place n is element n mod B of block n div B, where B is about 128 Ki. Its sign is one of a table of 4 B, read from the
-block's pseudo-random shift on, times the block's own. So a CPU folds a block in one fused multiply-add, and block,
-table and sum stay in its second-level cache.
+A prime, since in rows of 4096 layers of width 128 or 1024 put the same unit into the same column again and again.
+Signs are in signs.py. A CPU folds a block of them in one fused multiply-add, and block, table and sum stay in its
+caches; a GPU folds row by row, whatever spans they come from.
 """
 
-import math
-from collections.abc import Iterable
-from functools import cache, lru_cache
-from typing import NamedTuple, TypeVar
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from gaf_ddp.kernels.signs import block_length, both_signs, period_of, shift_and_sign, sign_table
+from gaf_ddp.kernels.spans import Span, Spans, row_table, rows_in, spans_of, whole
 from gaf_ddp.runtime.device import kernels, on_host
 
-_BLOCK = 2**17
-_SAFE_NORMS = 1e-15, 1e18  # float32 holds the squares of what lies between
+__all__ = ["Span", "Spans", "fold", "fold_into", "spans_of", "whole"]
 
-_Int = TypeVar("_Int", int, Tensor)
-
-
-class Span(NamedTuple):
-    """Elements of a vector that follow each other in the model too.
-
-    Attributes:
-        first: where they begin in the vector.
-        place: where they begin in the model, from 0 to 2^47.
-        count: how many they are.
-    """
-
-    first: int
-    place: int
-    count: int
-
-
-Spans = tuple[Span, ...]
+_SAFE_SQUARES = 1e-30, 1e36  # of a block: float32 holds all its terms
 
 
 def fold(x: Tensor, spans: Spans, size: int) -> tuple[Tensor, Tensor]:
@@ -62,12 +41,7 @@ def fold(x: Tensor, spans: Spans, size: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: x is no floating point vector, spans do not cover it, or size is less than 64.
     """
-    if x.dim() != 1 or not x.dtype.is_floating_point:
-        raise ValueError(f"x must be a floating point vector (N,), found {tuple(x.shape)} of {x.dtype}")
-    if size < 64:
-        raise ValueError(f"size must be at least 64 numbers, found {size}")
-    if sum(span.count for span in spans) != len(x):
-        raise ValueError(f"spans must cover x, found {sum(span.count for span in spans)} of {len(x)} elements")
+    _require(x, spans, size)
     fused = kernels(x.device.type, "fold_triton")
     if fused is not None and fused.can_fold(x):
         folded: tuple[Tensor, Tensor] = fused.fold(x, spans, size)
@@ -75,9 +49,42 @@ def fold(x: Tensor, spans: Spans, size: int) -> tuple[Tensor, Tensor]:
     return (_fold_on_cpu if on_host(x) else _fold_on_accelerator)(x, spans, size)
 
 
-def whole(count: int) -> Spans:
-    """Return the spans of a vector that is all there is."""
-    return (Span(0, 0, count),)
+def fold_into(x: Tensor, spans: Spans, sketch: Tensor, square: Tensor) -> None:
+    """Add the sketch of x and its squared norm to those of other parts of the gradient, in place.
+
+    Args:
+        x: `(N,)`, as in `fold`, and so are spans.
+        spans: where its elements are in the model.
+        sketch: `(k,)` float32, contiguous, on x's device; added to.
+        square: `()` float64, on x's device; added to.
+
+    Raises:
+        ValueError: x and spans are not as `fold` takes them, or sketch and square not as said.
+
+    It takes as long as `fold`: with Triton two launches, as one of them adds up partial sums anyway.
+    """
+    if sketch.dim() != 1 or sketch.dtype != torch.float32 or not sketch.is_contiguous():
+        found = f"{tuple(sketch.shape)} of {sketch.dtype}"
+        raise ValueError(f"sketch must be a contiguous vector (k,) of torch.float32, found {found}")
+    if square.dim() != 0 or square.dtype != torch.float64:
+        raise ValueError(f"square must be () of torch.float64, found {tuple(square.shape)} of {square.dtype}")
+    _require(x, spans, len(sketch))
+    fused = kernels(x.device.type, "fold_triton")
+    if fused is not None and fused.can_fold(x):
+        fused.fold_into(x, spans, sketch, square)
+        return
+    folded, norm = (_fold_on_cpu if on_host(x) else _fold_on_accelerator)(x, spans, len(sketch))
+    sketch += folded
+    square += norm
+
+
+def _require(x: Tensor, spans: Spans, size: int) -> None:
+    if x.dim() != 1 or not x.dtype.is_floating_point:
+        raise ValueError(f"x must be a floating point vector (N,), found {tuple(x.shape)} of {x.dtype}")
+    if size < 64:
+        raise ValueError(f"size must be at least 64 numbers, found {size}")
+    if sum(span.count for span in spans) != len(x):
+        raise ValueError(f"spans must cover x, found {sum(span.count for span in spans)} of {len(x)} elements")
 
 
 def _fold_on_cpu(x: Tensor, spans: Spans, size: int) -> tuple[Tensor, Tensor]:
@@ -87,19 +94,27 @@ def _fold_on_cpu(x: Tensor, spans: Spans, size: int) -> tuple[Tensor, Tensor]:
     square = 0.0
     for begin, end, pieces in _plan(spans, size):
         numbers = x[begin:end].float()
+        square += _square(numbers, period_of(size))  # first: it brings them into the cache, on all cores
         for first, last, offset, shift, sign in pieces:
             signs = table[shift : shift + last - first]
             total[offset : offset + last - first].addcmul_(numbers[first:last], signs, value=sign)
-        square += _square(numbers)
     sketch = total.view(-1, period_of(size)).sum(0)
     return torch.nn.functional.pad(sketch, (0, size - len(sketch))), torch.tensor(square, dtype=torch.float64)
 
 
-def _square(x: Tensor) -> float:
-    """Return the squared norm of a float32 vector on the CPU, in float64 where float32 holds no such squares."""
-    norm = torch.linalg.vector_norm(x).item()
-    if not _SAFE_NORMS[0] < norm < _SAFE_NORMS[1]:
-        norm = torch.linalg.vector_norm(x, dtype=torch.float64).item()
+def _square(x: Tensor, columns: int) -> float:
+    """Return the squared norm of a float32 vector on the CPU.
+
+    Over a whole block of half precision numbers float32 was off by 7e-6, of equal numbers by 2e-4. So rows are
+    added up in float64, to 1e-6 and 1e-5 with rows of 4093. So is all of a vector of no whole rows, the last part
+    of a longer one, and what float32 holds no squares of.
+    """
+    if len(x) % columns == 0:
+        norms = torch.linalg.vector_norm(x.view(-1, columns), dim=1).double()
+        square: float = torch.dot(norms, norms).item()
+        if _SAFE_SQUARES[0] < square < _SAFE_SQUARES[1]:
+            return square
+    norm: float = torch.linalg.vector_norm(x, dtype=torch.float64).item()
     return norm * norm
 
 
@@ -108,8 +123,8 @@ def _plan(spans: Spans, size: int) -> list[tuple[int, int, list[tuple[int, int, 
     """Cut a vector into parts of a block's length, and these where blocks of the model begin.
 
     Returns:
-        Of each part where it begins and ends in the vector, and its pieces: where each begins and ends in the part,
-        its offset in the block, where its signs begin in the table, and the block's sign.
+        Of each part where it begins and ends in the vector, and its pieces: where each begins and ends in the
+        part, its offset in the block, where its signs begin in the table, and the block's sign.
     """
     length = block_length(size)
     parts: dict[int, list[tuple[int, int, int, int, int]]] = {}
@@ -117,7 +132,7 @@ def _plan(spans: Spans, size: int) -> list[tuple[int, int, list[tuple[int, int, 
         done = 0
         while done < count:
             part, offset = (first + done) // length, (place + done) % length
-            shift, sign = _shift_and_sign((place + done) // length, length)
+            shift, sign = shift_and_sign((place + done) // length, length)
             piece = min(count - done, length - offset, (part + 1) * length - (first + done))
             begin = first + done - part * length
             parts.setdefault(part, []).append((begin, begin + piece, offset, shift + offset, sign))
@@ -133,11 +148,12 @@ def _fold_on_accelerator(x: Tensor, spans: Spans, size: int) -> tuple[Tensor, Te
         starts.append(begin + span.place % period)
         begin += rows_in(span, period) * period
     rows = torch.zeros(begin, dtype=torch.float32, device=x.device)
-    torch._foreach_copy_(
-        [rows[start : start + span.count] for start, span in zip(starts, spans, strict=True)],
-        [x[span.first : span.first + span.count] for span in spans],
-    )
-    signed = rows.view(-1, period) * _signs_of_rows(spans, size, x.device)
+    if spans:
+        torch._foreach_copy_(
+            [rows[start : start + span.count] for start, span in zip(starts, spans, strict=True)],
+            [x[span.first : span.first + span.count] for span in spans],
+        )
+    signed = rows.view(-1, period).mul_(_signs_of_rows(spans, size, x.device))
     sketch = signed.sum(0, dtype=torch.float64).float()
     square = torch.linalg.vector_norm(x, dtype=torch.float64).square()
     return torch.nn.functional.pad(sketch, (0, size - period)), square
@@ -148,88 +164,3 @@ def _signs_of_rows(spans: Spans, size: int, device: torch.device) -> Tensor:
     """Return the signs `(rows, p)`, int8, of all rows that the spans touch."""
     columns = torch.arange(period_of(size), device=device)
     return both_signs(size, device)[row_table(spans, size, device)[:, 3:] + columns]
-
-
-def rows_in(span: Span, period: int) -> int:
-    """Return how many rows of p columns a span touches."""
-    return -(-(span.place % period + span.count) // period)
-
-
-@lru_cache(maxsize=256)
-def row_table(spans: Spans, size: int, device: torch.device) -> Tensor:
-    """Return the rows of p columns that a vector is folded as, int64 `(rows, 4)`.
-
-    Of each row: which element of the vector its column 0 would be, may be negative; the first column that holds an
-    element, and the one after the last; where its signs begin in `both_signs`.
-    """
-    period, length = period_of(size), block_length(size)
-    rows = []
-    for first, place, count in spans:
-        for row in range(place // period, place // period + rows_in(Span(first, place, count), period)):
-            start = row * period
-            low, high = max(place - start, 0), min(place + count - start, period)
-            shift, sign = _shift_and_sign(start // length, length)
-            rows.append(
-                (first + start - place, low, high, shift + start % length + (4 * length if sign < 0 else 0))
-            )
-    return torch.tensor(rows, dtype=torch.int64).view(-1, 4).to(device)
-
-
-def signs_at(places: Tensor, size: int) -> Tensor:
-    """Return the signs, int8, of elements at these places of the model `(N,)` int64: what all folds go by."""
-    length = block_length(size)
-    shift, sign = _shift_and_sign(places // length, length)
-    return (sign_table(size, torch.int8, places.device)[shift + places % length] * sign).to(torch.int8)
-
-
-@cache
-def period_of(size: int) -> int:
-    """Return p, the largest prime up to size."""
-    return next(p for p in range(size, 1, -1) if all(p % d for d in range(2, math.isqrt(p) + 1)))
-
-
-def block_length(size: int) -> int:
-    """Return B, the elements of a block: whole rows of p numbers, at least one."""
-    return period_of(size) * max(1, _BLOCK // period_of(size))
-
-
-@cache
-def sign_table(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the signs `(4 B,)` that blocks of B elements read theirs from, made on the CPU once."""
-    return (1 - 2 * (mix(torch.arange(4 * block_length(size))) & 1)).to(dtype).to(device)
-
-
-@cache
-def both_signs(size: int, device: torch.device) -> Tensor:
-    """Return the table and behind it its negative, int8 `(8 B,)`: rows of blocks of sign −1 read from there."""
-    table = sign_table(size, torch.int8, device)
-    return torch.cat([table, -table])
-
-
-def mix(x: _Int) -> _Int:
-    """Return a pseudo-random number of 32 bits for each number below 2³²: Wellons' `lowbias32`."""
-    x = x ^ (x >> 16)
-    x = x * 0x7FEB352D & 0xFFFFFFFF
-    x = x ^ (x >> 15)
-    x = x * 0x846CA68B & 0xFFFFFFFF
-    return x ^ (x >> 16)
-
-
-def _shift_and_sign(block: _Int, length: int) -> tuple[_Int, _Int]:
-    """Return where in the table a block's signs begin, and the sign of all of them."""
-    number = mix(block ^ 0x5BD1E995)
-    return (number >> 1) % (3 * length), 1 - 2 * (number & 1)
-
-
-def spans_of(counts: Iterable[tuple[int, int]]) -> Spans:
-    """Return the spans of a vector of parts `(place, count)` that follow each other in it; merge neighbours."""
-    spans: list[Span] = []
-    first = 0
-    for place, count in counts:
-        last = spans[-1] if spans else None
-        if last is not None and last.place + last.count == place:
-            spans[-1] = last._replace(count=last.count + count)
-        elif count:
-            spans.append(Span(first, place, count))
-        first += count
-    return tuple(spans)

@@ -2,8 +2,8 @@
 
 A rank that counts divides its gradient by the number of ranks that count, as torch's `allreduce_hook` does, and
 shortens it where it is longer than the limit. One that is left out, or whose gradient is not finite or zero, adds
-zeros. Beside the sum of the gradients goes that of the shares (2,): what ranks really counted, which is 1 where all
-went as expected, and whose gradients were not finite. All ranks see the same sums, and correct by them.
+zeros. Beside the sum of the gradients goes that of the shares (2,): what ranks really counted, which is 1 where
+all went as expected, and whose gradients were not finite. All ranks see the same sums, and correct by them.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gaf_ddp.runtime.device import kernels, on_host
 
-_EXACT = 1e-6  # shares of up to 500,000 ranks add up to 1 as near as this, or one of them is missing
+EXACT = 1e-6  # shares of up to 500,000 ranks add up to 1 as near as this, or one of them is missing
 
 
 def scale(gradient: Tensor, square: Tensor, count: Tensor, limit: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def scale(gradient: Tensor, square: Tensor, count: Tensor, limit: Tensor) -> Ten
     Args:
         gradient: `(N,)` floating point, any device; overwritten.
         square: `()` float64, its squared norm, finite exactly where the gradient is.
-        count: `()` float64, what to divide by: how many ranks count, this one with them; 0 where it is left out.
+        count: `()` float64, how many ranks count, this one with them; 0 where this rank is left out.
         limit: `()` float64, the longest norm; longer gradients are shortened to it.
 
     Returns:
@@ -42,10 +42,10 @@ def _scale_on_host(gradient: Tensor, square: Tensor, count: Tensor, limit: Tenso
     share = 1 / ranks if ranks and 0 < norm < math.inf else 0.0
     if not share:
         gradient.zero_()
+    elif norm > longest:
+        gradient.mul_(share * (longest / norm))  # in one pass, and half precision is rounded once
     elif ranks != 1:
         gradient.div_(ranks)
-    if share and norm > longest:
-        gradient.mul_(longest / norm)
     return torch.tensor([share, not norm < math.inf], dtype=torch.float64)
 
 
@@ -77,10 +77,11 @@ def correct(total: Tensor, shares: Tensor) -> Tensor:
         return corrected
     if not on_host(total):
         counted, broken = shares.unbind()
-        divisor = torch.where((counted - 1).abs() > _EXACT, counted, 1)
-        divisor = torch.where(counted > _EXACT, divisor, torch.where(broken > 0, torch.nan, 1))
-        return total.div_(divisor.to(torch.promote_types(total.dtype, torch.float32)))
+        divisor = torch.where((counted - 1).abs() > EXACT, counted, 1)
+        divisor = torch.where(counted > EXACT, divisor, torch.where(broken > 0, torch.nan, 1))
+        wide = torch.promote_types(total.dtype, torch.float32)  # else half precision would round the divisor too
+        return torch.div(total.to(wide), divisor.to(wide), out=total)
     counted, broken = shares.tolist()
-    if counted <= _EXACT:
+    if counted <= EXACT:
         return total.fill_(math.nan) if broken else total
-    return total if abs(counted - 1) <= _EXACT else total.div_(counted)
+    return total if abs(counted - 1) <= EXACT else total.div_(counted)

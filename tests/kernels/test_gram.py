@@ -1,14 +1,13 @@
 """gram, combine and filter_gradients against float64, on every dtype and device here."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from gaf_ddp import NeighborhoodAgreement, SequentialAgreement, combine, filter_gradients, gram
-from gaf_ddp import device as devices
+from gaf_ddp.kernels.gram import combine, filter_gradients, gram
+from gaf_ddp.rules.weighting import NeighborhoodAgreement, SequentialAgreement
 from tests import oracle
 from tests.gradients import random_gradients
 
@@ -212,42 +211,3 @@ def test_refuses_weights_and_out_that_do_not_fit() -> None:
         combine(rows, torch.ones(3))
     with pytest.raises(ValueError, match=r"out must have shape \(3,\), found \(4,\)"):
         combine(rows, torch.ones(2), out=torch.empty(4))
-
-
-@pytest.fixture
-def fresh_choice() -> Iterator[None]:
-    """Let `kernels` choose anew, and forget afterwards what it chose."""
-    chosen = devices.kernels, devices._has_kernels
-    for choice in chosen:
-        choice.cache_clear()
-    yield
-    for choice in chosen:
-        choice.cache_clear()
-
-
-@pytest.mark.usefixtures("fresh_choice")
-class TestKernels:
-    def test_are_used_where_they_compile(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        fused = pytest.importorskip("gaf_ddp._triton")
-        tried: list[torch.device] = []
-        monkeypatch.setattr(fused, "probe", tried.append)
-        assert devices.kernels("cuda") is fused
-        assert devices.kernels("cuda", "_triton_decision") is not None
-        assert tried == [torch.device("cuda")]  # once, for all of them
-        assert devices.kernels("cpu") is None
-
-    def test_plain_torch_works_where_they_do_not(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        fused = pytest.importorskip("gaf_ddp._triton")
-
-        def probe(device: torch.device) -> None:
-            raise RuntimeError("Failed to find C compiler")
-
-        monkeypatch.setattr(fused, "probe", probe)
-        with pytest.warns(UserWarning, match=r"Triton cannot compile here, plain torch .*find C compiler") as said:
-            found = [devices.kernels("cuda", name) for name in ("_triton", "_triton_decision")]
-        assert found == [None, None]
-        assert len(said) == 1
-
-    def test_can_be_switched_off(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("GAF_DDP_TRITON", "0")
-        assert devices.kernels("cuda") is None

@@ -1,0 +1,85 @@
+"""The scaling of gradients in Triton, for accelerators: one launch each, no host sync. Its reference is scale.py.
+
+All scalars are read where they lie, on the device, so that nothing depends on what the host knows.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gaf_ddp.kernels.gram_triton import OPTIONS, programs_on
+from gaf_ddp.kernels.scale import EXACT
+
+WARPS, BLOCK = 8, 4096  # of a program, and elements that it has in registers
+_NAN = tl.constexpr(float("nan"))
+_INF = tl.constexpr(float("inf"))
+
+
+def can_scale(gradient: Tensor) -> bool:
+    """Return whether `scale` and `correct` take this vector."""
+    return gradient.dtype in (torch.float32, torch.bfloat16, torch.float16) and gradient.is_contiguous()
+
+
+def scale(gradient: Tensor, square: Tensor, count: Tensor, limit: Tensor) -> Tensor:
+    """Scale gradient `(N,)` in place by the scalars `()` float64, and return the share `(2,)` float64; one launch.
+
+    Where nothing is shortened, an element becomes its product with float32's 1/count, in float32 and rounded once:
+    what `div_(count)` by a Python number gives on CUDA. A gradient that stays as it is is neither read nor
+    written, and one that becomes zeros is not read.
+    """
+    share = torch.empty(2, dtype=torch.float64, device=gradient.device)
+    with torch.cuda.device_of(gradient):  # Triton launches on the current device
+        _scale_kernel[(_programs(gradient),)](
+            gradient, square, count, limit, share, len(gradient), BLOCK=BLOCK, num_warps=WARPS, **OPTIONS
+        )
+    return share
+
+
+def correct(total: Tensor, shares: Tensor) -> Tensor:
+    """Divide total `(N,)` by the first of shares `(2,)` float64 in place; one launch, mostly of no work."""
+    with torch.cuda.device_of(total):
+        _correct_kernel[(_programs(total),)](
+            total, shares.contiguous(), len(total), EXACT=EXACT, BLOCK=BLOCK, num_warps=WARPS, **OPTIONS
+        )
+    return total
+
+
+def _programs(x: Tensor) -> int:
+    """Return how many programs share x: each works out the factor in float64, slow on many GPUs, so but few."""
+    blocks: int = triton.cdiv(len(x), BLOCK)
+    return max(1, min(blocks, programs_on(x.device)))
+
+
+@triton.jit
+def _scale_kernel(gradient, square, count, limit, share, numbers, BLOCK: tl.constexpr):
+    """Multiply every programs-th block; the first program writes the share."""
+    norm, ranks, longest = tl.sqrt(tl.load(square)), tl.load(count), tl.load(limit)
+    finite = norm < _INF  # NaN is not less than anything
+    counts = finite & (norm > 0.0) & (ranks > 0.0)
+    own = tl.where(counts, 1.0 / tl.where(counts, ranks, 1.0), 0.0)
+    factor = tl.where(counts & (norm > longest), own * (longest / norm), own).to(tl.float32)
+    if tl.program_id(0) == 0:
+        tl.store(share, own)
+        tl.store(share + 1, tl.where(finite, 0.0, 1.0))
+    if factor != 1.0:
+        for block in range(tl.program_id(0), tl.cdiv(numbers, BLOCK), tl.num_programs(0)):
+            at = block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+            # Zeros are written without a look at what was there: NaN times 0 is NaN.
+            wanted = (at < numbers) & (tl.full((BLOCK,), 0.0, tl.float32) != factor)
+            x = tl.load(gradient + at, mask=wanted, other=0.0).to(tl.float32)
+            tl.store(gradient + at, (x * factor).to(gradient.dtype.element_ty), mask=at < numbers)
+
+
+@triton.jit
+def _correct_kernel(total, shares, numbers, EXACT: tl.constexpr, BLOCK: tl.constexpr):
+    """Divide every programs-th block, or fill it with NaN, or leave it alone."""
+    counted, broken = tl.load(shares), tl.load(shares + 1)
+    nobody = counted <= EXACT
+    as_expected = tl.abs(counted - 1.0) <= EXACT
+    if (nobody & (broken > 0.0)) | ~(nobody | as_expected):
+        divisor = tl.where(nobody, _NAN, counted).to(tl.float32)
+        for block in range(tl.program_id(0), tl.cdiv(numbers, BLOCK), tl.num_programs(0)):
+            at = block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+            x = tl.load(total + at, mask=at < numbers, other=0.0).to(tl.float32)
+            tl.store(total + at, tl.div_rn(x, divisor).to(total.dtype.element_ty), mask=at < numbers)
