@@ -10,7 +10,6 @@ from torch.distributed.run import parse_args
 
 from launch.cli import parse
 from launch.settings import Settings
-from tests.launch.jobs import REPOSITORY
 from tests.launch.stand_ins import LAUNCH, output_of, stand_ins
 
 
@@ -76,12 +75,14 @@ def test_skypilot_knows_every_field(task: Any) -> None:
 
 
 def test_skypilot_starts_a_job_that_goes_on(task: Any, tmp_path: Path) -> None:
+    """In a folder without the clone's own environment, whose torchrun would come before the stand-in."""
     tools = stand_ins(tmp_path)
     tools.add("torchrun", 'echo "$*"')
+    (tmp_path / LAUNCH.name).symlink_to(LAUNCH)
     machine = {"NUM_NODES": "2", "NUM_GPUS_PER_NODE": "4", "TASK_ID": "sky-1_gaf-ddp"}
     machine["NODE_IPS"] = "127.0.0.1\n127.0.0.2"
     environment = tools.environment(**{f"SKYPILOT_{name}": value for name, value in machine.items()})
-    printed = output_of(["bash", "-c", f"cd {REPOSITORY}\n{task['run']}"], environment)
+    printed = output_of(["bash", "-c", f"cd {tmp_path}\n{task['run']}"], environment)
     taken, settings = _torchrun(printed.split())
     assert (taken.nnodes, taken.nproc_per_node, taken.max_restarts) == ("2", "4", 3)
     assert taken.rdzv_endpoint == "127.0.0.1:29400"
