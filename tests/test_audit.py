@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from gaf_ddp import GAFState, audit, gaf_hook
 from gaf_ddp.monitor.reports import AuditReport, RankAudit
+from tests.marks import job_but
 from tests.nets import batches, ddp, mlp
 from tests.test_replicas import error_of, flip
 
@@ -110,7 +111,9 @@ def audit_between_steps(device: torch.device, audits: bool, options: dict[str, A
     return {"changed": changed, "reports": reports, "trained": trained, "steps": state.step}
 
 
-@pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"static_graph": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", job_but({}, of=[{}, {"find_unused_parameters": True}, {"static_graph": True}]), ids=str
+)
 def test_nothing_is_different_afterwards(gloo_ranks: Ranks, options: dict[str, Any]) -> None:
     with_audits, without = (gloo_ranks(2, audit_between_steps, audits, options) for audits in (True, False))
     for audited, plain in zip(with_audits, without, strict=True):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from gaf_ddp import GAFState, MicrobatchFilter, SequentialAgreement, gaf_hook, skip_on_disagreement
+from tests.marks import job_but
 from tests.nets import assert_replicas_equal, ddp, flat_parameters, mlp
 
 Ranks = Callable[..., list[Any]]
@@ -93,7 +94,7 @@ def train_by_micro_batches(world_size: int, tau: float, running: Running) -> tup
     return flat_parameters(model), taken
 
 
-@pytest.mark.parametrize(("world_size", "tau", "running"), CASES)
+@pytest.mark.parametrize(("world_size", "tau", "running"), job_but(CASES[0], of=CASES))
 class TestAuthors:
     def test_ranks_take_their_steps(self, ranks: Ranks, world_size: int, tau: float, running: Running) -> None:
         expected, taken = authors(world_size, tau)

@@ -17,6 +17,7 @@ from tests import oracle
 from tests.consensus_oracle import ConsensusOracle, kept_by
 from tests.consensus_oracle import judge as judge_by_hand
 from tests.gradients import agreeing_gradients, random_gradients
+from tests.marks import job_but
 from tests.properties import (
     assert_blind_to_absent,
     assert_convex,
@@ -261,7 +262,7 @@ SCENARIOS: dict[str, Callable[[Tensor, int], Tensor]] = {
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("world_size", job_but(4, of=WORLD_SIZES))
 def test_every_step_is_that_of_explicit_vectors(
     world_size: int, scenario: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,7 @@ from tests.fsdp_models import (
     whole,
 )
 from tests.gradients import agreeing_gradients
+from tests.marks import job_but
 from tests.syncs import HostSyncs
 
 Ranks = Callable[..., list[Any]]
@@ -328,7 +329,7 @@ def test_averages_are_torchs(gloo_ranks: Ranks) -> None:
     gloo_ranks(2, run, AS_TORCH)
 
 
-@pytest.mark.parametrize("size", FILTERED)
+@pytest.mark.parametrize("size", job_but(2, of=FILTERED))
 def test_units_are_filtered(gloo_ranks: Ranks, size: int) -> None:
     gloo_ranks(size, run, FILTERED[size])
 

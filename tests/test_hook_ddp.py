@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, bf16_compress_wrapper
 
 from gaf_ddp import GAFState, Mean, gaf_hook
+from tests.marks import job_but
 from tests.nets import assert_replicas_equal, batches, ddp, flat_parameters, mlp
 
 Ranks = Callable[..., list[Any]]
@@ -133,7 +134,7 @@ def train_all(device: torch.device, name: str, settings: list[dict[str, Any]]) -
     return train(device, feature), [train(device, feature, gaf_hook, GAFState(**s)) for s in settings]
 
 
-@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("name", job_but(*(name for name in FEATURES if "compile" not in name), of=FEATURES))
 def test_tau_2_is_plain_ddp(ranks: Ranks, name: str) -> None:
     settings = [{"tau": 2.0, "scope": scope} for scope in ("bucket", "model")]
     for plain, found in ranks(2, train_all, name, settings):
@@ -142,7 +143,7 @@ def test_tau_2_is_plain_ddp(ranks: Ranks, name: str) -> None:
             torch.testing.assert_close(parameters, plain, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("world_size", [1, 3, 4])
+@pytest.mark.parametrize("world_size", job_but(1, 3, of=[1, 3, 4]))
 def test_plain_averaging_is_plain_ddp(ranks: Ranks, world_size: int) -> None:
     settings = [
         {"tau": 2.0, "exchange": "sharded"},

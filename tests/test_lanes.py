@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gaf_ddp import GAFState, gaf_hook
 from gaf_ddp.exchange.lanes import open_lane
 from gaf_ddp.exchange.point_to_point import PeerExchange
+from tests.marks import job_but
 from tests.nets import assert_replicas_equal, batches, ddp, mlp, world
 from tools.ranks import RankError
 
@@ -68,7 +69,10 @@ def train_with_delays(device: torch.device, steps: int, scope: str) -> tuple[int
     return state.step, len(state.decisions[0].parameters) if scope == "model" else len(state.agreement.kept)
 
 
-@pytest.mark.parametrize(("steps", "scope"), [(150, "bucket"), (50, "model"), (50, "running"), (50, "watching")])
+DELAYED = [(150, "bucket"), (50, "model"), (50, "running"), (50, "watching")]
+
+
+@pytest.mark.parametrize(("steps", "scope"), job_but((50, "model"), of=DELAYED))
 def test_many_steps_of_many_buckets_with_delays(ranks: Ranks, steps: int, scope: str) -> None:
     assert ranks(4, train_with_delays, steps, scope) == [(steps, 6)] * 4
 
@@ -266,6 +270,7 @@ model(torch.ones(2, 9)).sum().backward()
 """
 
 
+@pytest.mark.job
 @pytest.mark.ranks
 def test_a_rank_that_raised_ends_though_its_lane_waits_for_others(tmp_path: Path) -> None:
     command = [sys.executable, "-c", RAISE]

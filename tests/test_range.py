@@ -13,6 +13,7 @@ from gaf_ddp.rules.agreement import decide
 from tests import oracle
 from tests.accelerator import take_accelerators_way
 from tests.gradients import agreeing_gradients, random_gradients
+from tests.marks import job_but
 from tests.nets import Probe, ddp, flat_gradients
 
 Ranks = Callable[..., list[Any]]
@@ -118,7 +119,7 @@ def filter_all(
     return found
 
 
-@pytest.mark.parametrize("as_accelerator", [False, True])
+@pytest.mark.parametrize("as_accelerator", job_but(False, of=[False, True]))
 def test_the_hook_filters_gradients_of_any_norm(gloo_ranks: Ranks, as_accelerator: bool) -> None:
     agreeing = agreeing_gradients(3, sum(SIZES))
     agreeing[1] *= -1

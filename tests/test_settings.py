@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gaf_ddp import GAFState, Mean, NeighborhoodAgreement, Weighting, gaf_hook, skip_on_disagreement
 from gaf_ddp import settings as of_the_package
+from tests.marks import job_but
 from tests.nets import Probe, ddp
 
 Ranks = Callable[..., list[Any]]
@@ -203,8 +204,8 @@ def train_all(device: torch.device, settings: dict[str, Any]) -> list[tuple[int,
     return [train(device, change, settings) for change in CHANGES]
 
 
-@pytest.mark.parametrize("exchange", ["auto", "gather"])
-@pytest.mark.parametrize("scope", ["bucket", "model"])
+@pytest.mark.parametrize("exchange", job_but("auto", of=["auto", "gather"]))
+@pytest.mark.parametrize("scope", job_but("bucket", of=["bucket", "model"]))
 def test_ranks_that_part_later_are_told_at_that_step(gloo_ranks: Ranks, scope: str, exchange: str) -> None:
     for found in gloo_ranks(W, train_all, {"scope": scope, "exchange": exchange}, group_timeout=20.0):
         for (step, message), change in zip(found, CHANGES, strict=True):

@@ -11,7 +11,7 @@ from gaf_ddp import GAFState, gaf_hook
 from tests.nets import Probe, ddp
 from tools.hosts import Hosts, bytes_sent, why_no_hosts
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.job]
 WARM_UP, STEPS = 2, 2  # connections are made, and DDP makes its buckets anew, in the steps before
 SIZES = [262_144] * 10  # 10 MB
 SETTINGS: dict[str, dict[str, Any] | None] = {

@@ -50,6 +50,7 @@ def train_all(device: torch.device, cases: list[Case]) -> list[Record]:
     return [train_rank(device, run, None, counts) for run, counts in cases]
 
 
+@pytest.mark.job
 def test_real_ranks_compute_what_one_process_does(gloo_ranks: Callable[..., list[Any]]) -> None:
     shifted = replace(EXPERIMENTS["shift w3 bad 1"].base, steps=30, evaluate_every=10)
     counts = (3, 0, 2) * 10

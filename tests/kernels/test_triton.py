@@ -151,6 +151,7 @@ def test_tau_is_as_exact_as_in_the_reference(tau: float) -> None:
 
 
 @outside_the_interpreter
+@pytest.mark.job
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_without_spilling(capability: int, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from launch.errors import SettingsError
 from launch.folder import claim, write_whole
 from tests.launch.jobs import RunRanks, run_job
+from tests.marks import job_but
 
 HOLD = "import os, sys; from pathlib import Path; from launch.folder import claim; held = claim(Path(sys.argv[1]))"
 WAIT = "print('held', flush=True); sys.stdin.read()"
@@ -98,9 +99,10 @@ def test_a_disk_that_fills_up_ends_every_rank_with_one_line(
     assert list(folder.glob("*.tmp")) == []
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"), [("size=4k", "No space left on device"), ("ro", "Read-only file system")]
-)
+UNWRITABLE = [("size=4k", "No space left on device"), ("ro", "Read-only file system")]
+
+
+@pytest.mark.parametrize(("options", "reason"), job_but(UNWRITABLE[0], of=UNWRITABLE))
 def test_a_disk_that_cannot_be_written_ends_every_rank_with_one_line(
     gloo_ranks: RunRanks, mount: Callable[[str], Path], options: str, reason: str
 ) -> None:

@@ -34,6 +34,7 @@ def test_filter_beats_averaging_and_the_paper_needs_a_good_first_rank(
     assert [outcome.out for outcome in outcomes[1:]] == [""] * 2
 
 
+@pytest.mark.job
 def test_other_options_work_together(gloo_ranks: RunRanks, tmp_path: Path) -> None:
     job = "--data digits --model conv --augment --label-noise 0.2 --corrupt-ranks none --compare gaf,average "
     job += "--scope bucket --exchange gather --wire-dtype bf16 --max-norm-ratio none --start-step 3 --tau 1.2 "
@@ -49,6 +50,7 @@ def test_other_options_work_together(gloo_ranks: RunRanks, tmp_path: Path) -> No
     assert lines[-1]["lr"] == 0  # the end of the cosine
 
 
+@pytest.mark.job
 def test_one_rank_trains_alone(gloo_ranks: RunRanks, tmp_path: Path) -> None:
     (outcome,) = run_job(gloo_ranks, 1, ["--seeds", 1, "--steps", 60, "--out", tmp_path])
     assert outcome.code == 0
@@ -60,10 +62,18 @@ def test_one_rank_trains_alone(gloo_ranks: RunRanks, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--tau", 3], "--tau: must be a number in [0, 2], found '3'"),
-        (["--corrupt-ranks", 9], "--corrupt-ranks must be ranks in [0, 2], found 9"),
-        (["--data", "imagefolder", "--data-dir", "nowhere"], "--data-dir must hold train/ and test/"),
-        (["--amp", "fp16", "--device", "cpu"], "--amp fp16 needs CUDA, found cpu"),
-        (["--out", __file__], "--out must be a folder this job can write"),
+        pytest.param(
+            ["--corrupt-ranks", 9], "--corrupt-ranks must be ranks in [0, 2], found 9", marks=pytest.mark.job
+        ),
+        pytest.param(
+            ["--data", "imagefolder", "--data-dir", "nowhere"],
+            "--data-dir must hold train/ and test/",
+            marks=pytest.mark.job,
+        ),
+        pytest.param(
+            ["--amp", "fp16", "--device", "cpu"], "--amp fp16 needs CUDA, found cpu", marks=pytest.mark.job
+        ),
+        pytest.param(["--out", __file__], "--out must be a folder this job can write", marks=pytest.mark.job),
     ],
 )
 def test_a_wrong_setting_ends_every_rank_with_one_message(
@@ -103,6 +113,7 @@ def _break_in_training(device: torch.device, port: int, arguments: list[str]) ->
     return rank_of_job(device, port, arguments)
 
 
+@pytest.mark.job
 def test_an_error_in_training_leaves_no_rank_hanging(gloo_ranks: RunRanks, tmp_path: Path) -> None:
     arguments = ["--method", "gaf", "--steps", "50", "--out", str(tmp_path)]
     with pytest.raises(RankError) as caught:

@@ -47,6 +47,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[RunRank
     return get
 
 
+@pytest.mark.job
 @pytest.mark.parametrize("saves", [1, 4], ids=["in the first method", "in the second method"])
 def test_a_resumed_job_ends_with_the_same_bits(
     gloo_ranks: RunRanks, tmp_path: Path, uninterrupted: Callable[[RunRanks], Path], saves: int
@@ -56,6 +57,7 @@ def test_a_resumed_job_ends_with_the_same_bits(
     assert_same_job(tmp_path, whole)
 
 
+@pytest.mark.job
 def test_a_job_can_go_on_with_fewer_ranks(gloo_ranks: RunRanks, tmp_path: Path) -> None:
     job = ["--seeds", 1, "--steps", 40, "--corrupt-ranks", 0, "--checkpoint-every", 20]
     job += ["--out", tmp_path, "--resume"]
@@ -67,6 +69,7 @@ def test_a_job_can_go_on_with_fewer_ranks(gloo_ranks: RunRanks, tmp_path: Path) 
     assert last.final > 60
 
 
+@pytest.mark.job
 def test_a_finished_job_is_shown_again_and_not_overwritten(gloo_ranks: RunRanks, tmp_path: Path) -> None:
     job = ["--seeds", 1, "--steps", 4, "--out", tmp_path]
     first, again = (run_job(gloo_ranks, 2, [*job, *resume])[0].out.splitlines() for resume in ([], ["--resume"]))
