@@ -8,9 +8,5 @@ import pytest
 
 def job_but(*quick: Any, of: Iterable[Any]) -> list[Any]:
     """Return the parameters `of` a test, all but the `quick` ones marked `job`; tuples are for several names."""
-    return [
-        value
-        if value in quick
-        else pytest.param(*value if isinstance(value, tuple) else (value,), marks=pytest.mark.job)
-        for value in of
-    ]
+    values = [(value, value if isinstance(value, tuple) else (value,)) for value in of]
+    return [value if value in quick else pytest.param(*each, marks=pytest.mark.job) for value, each in values]

@@ -11,7 +11,8 @@ def test_the_quick_start_has_exactly_two_commands() -> None:
     quick_start = README.split("## Quick start")[1].split("\n## ")[0]
     install, test = re.findall(r"```bash\n(.*?)```", quick_start, flags=re.S)
     assert "-m launch.train" in install
-    assert "-m pytest" in test
+    assert test.endswith("-m pytest -n 2\n")
+    assert all(command.startswith("python3 -m venv .venv && .venv/bin/pip install") for command in (install, test))
     assert "```bash" not in README.replace(quick_start, "")
 
 

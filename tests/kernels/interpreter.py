@@ -31,7 +31,7 @@ def run_interpreted(file: str, *arguments: str) -> str:
     # Triton 3.6's interpreter converts arrays of one element to scalars, which NumPy 2.4 refuses; 3.9's does not.
     if Version(triton.__version__) < Version("3.9") and Version(np.__version__) >= Version("2.4"):
         pytest.skip("this Triton's interpreter needs an older NumPy")
-    options = ["-q", "-p", "no:cacheprovider", "-W", "ignore", "-rs", *arguments]
+    options = ["-q", "-p", "no:cacheprovider", "-W", "ignore", "-rs", "-m", "", *arguments]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, file],
         env={**os.environ, "TRITON_INTERPRET": "1"},

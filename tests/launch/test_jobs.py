@@ -11,6 +11,7 @@ from launch.errors import LaunchError
 from launch.ranks import together
 from launch.trainer import Trainer
 from tests.launch.jobs import Outcome, RunRanks, job_results, rank_of_job, run_job
+from tests.marks import job_but
 from tools.ranks import RankError
 
 
@@ -58,24 +59,16 @@ def test_one_rank_trains_alone(gloo_ranks: RunRanks, tmp_path: Path) -> None:
     assert finals[0] == finals[1] > 60  # nothing to filter
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--tau", 3], "--tau: must be a number in [0, 2], found '3'"),
-        pytest.param(
-            ["--corrupt-ranks", 9], "--corrupt-ranks must be ranks in [0, 2], found 9", marks=pytest.mark.job
-        ),
-        pytest.param(
-            ["--data", "imagefolder", "--data-dir", "nowhere"],
-            "--data-dir must hold train/ and test/",
-            marks=pytest.mark.job,
-        ),
-        pytest.param(
-            ["--amp", "fp16", "--device", "cpu"], "--amp fp16 needs CUDA, found cpu", marks=pytest.mark.job
-        ),
-        pytest.param(["--out", __file__], "--out must be a folder this job can write", marks=pytest.mark.job),
-    ],
-)
+WRONG: list[tuple[list[object], str]] = [
+    (["--tau", 3], "--tau: must be a number in [0, 2], found '3'"),
+    (["--corrupt-ranks", 9], "--corrupt-ranks must be ranks in [0, 2], found 9"),
+    (["--data", "imagefolder", "--data-dir", "nowhere"], "--data-dir must hold train/ and test/"),
+    (["--amp", "fp16", "--device", "cpu"], "--amp fp16 needs CUDA, found cpu"),
+    (["--out", __file__], "--out must be a folder this job can write"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), job_but(WRONG[0], of=WRONG))
 def test_a_wrong_setting_ends_every_rank_with_one_message(
     gloo_ranks: RunRanks, arguments: list[object], message: str
 ) -> None:
