@@ -68,7 +68,10 @@ def test_half_the_bytes_and_momenta_equal_the_oracle_too(gloo_ranks: Ranks, sett
     assert [waited for _, waited in outcomes] == [[]] * 3
 
 
-@pytest.mark.parametrize("settings", [{}, {"scope": "model"}, {"exchange": "gather"}, {"watch": True}], ids=str)
+WITHOUT_THRESHOLD: list[dict[str, Any]] = [{}, {"scope": "model"}, {"exchange": "gather"}, {"watch": True}]
+
+
+@pytest.mark.parametrize("settings", job_but({}, of=WITHOUT_THRESHOLD), ids=str)
 def test_the_rule_without_a_threshold_has_no_host_sync(gloo_ranks: Ranks, settings: dict[str, Any]) -> None:
     gradients = torch.stack([agreeing_gradients(3, sum(SIZES), seed) for seed in range(4)])
     gradients[2, -1, 5] = torch.nan

@@ -86,6 +86,7 @@ JOB = ["--steps", 8, "--eval-every", 2, "--checkpoint-every", 4, "--method", "ga
 CANNOT_WRITE = "launch.train: error: on rank 0: --out must be a folder this job can write, found {} ({})\n"
 
 
+@pytest.mark.job
 def test_a_disk_that_fills_up_ends_every_rank_with_one_line(
     gloo_ranks: RunRanks, mount: Callable[[str], Path]
 ) -> None:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from tests.launch.jobs import Outcome, RunRanks, rank_of_job, run_job
+from tests.marks import job_but
 
 JOB = "--steps 40 --seeds 1 --out"
 
@@ -16,22 +17,22 @@ def _unlike_rank(device: torch.device, port: int, arguments: list[str]) -> Outco
     return rank_of_job(device, port, arguments[dist.get_rank()].split())
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--lr 0.1", "--lr must be the same on every rank, found 0.05 on rank 0 and 0.1 on rank 2"),
-        ("--weight-decay 0", "--weight-decay must be the same on every rank, found 0.0001 on rank 0 and 0.0 on"),
-        ("--optimizer adam", "--optimizer must be the same on every rank, found sgd on rank 0 and adam on rank 2"),
-        (
-            "--method gaf",
-            "--method or --compare must be the same on every rank, found average,gaf,consensus on rank 0",
-        ),
-        ("--eval-every 3", "--eval-every must be the same on every rank, found unset on rank 0 and 3 on rank 2"),
-        ("--resume", "--resume must be the same on every rank, found False on rank 0 and True on rank 2"),
-        ("--out elsewhere", "--out must be the same on every rank, found "),
-        ("--seed 1 --amp bf16", "found none on rank 0 and bf16 on rank 2; --seed must be the same on every rank"),
-    ],
-)
+DIFFERENT = [
+    ("--lr 0.1", "--lr must be the same on every rank, found 0.05 on rank 0 and 0.1 on rank 2"),
+    ("--weight-decay 0", "--weight-decay must be the same on every rank, found 0.0001 on rank 0 and 0.0 on"),
+    ("--optimizer adam", "--optimizer must be the same on every rank, found sgd on rank 0 and adam on rank 2"),
+    (
+        "--method gaf",
+        "--method or --compare must be the same on every rank, found average,gaf,consensus on rank 0",
+    ),
+    ("--eval-every 3", "--eval-every must be the same on every rank, found unset on rank 0 and 3 on rank 2"),
+    ("--resume", "--resume must be the same on every rank, found False on rank 0 and True on rank 2"),
+    ("--out elsewhere", "--out must be the same on every rank, found "),
+    ("--seed 1 --amp bf16", "found none on rank 0 and bf16 on rank 2; --seed must be the same on every rank"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), job_but(DIFFERENT[0], DIFFERENT[-1], of=DIFFERENT))
 def test_a_flag_that_differs_is_named_and_ends_every_rank(
     gloo_ranks: RunRanks, tmp_path: Path, flags: str, message: str
 ) -> None:
