@@ -34,11 +34,11 @@ from benchmarks.measure import (
     write_json,
 )
 from gaf_ddp import NeighborhoodAgreement, gram
+from gaf_ddp.exchange.point_to_point import PeerExchange
+from gaf_ddp.exchange.protocol import Exchange, GatherExchange, ShardedExchange
+from gaf_ddp.exchange.sketched import SketchExchange
 from gaf_ddp.rules.agreement import decide
 from gaf_ddp.runtime.collectives import all_gather_single, reduce_scatter_single
-from gaf_ddp.exchange.protocol import Exchange, GatherExchange, ShardedExchange
-from gaf_ddp.exchange.point_to_point import PeerExchange
-from gaf_ddp.exchange.sketched import SketchExchange
 
 Operation = tuple[Callable[[], object], Callable[[], int], float]  # run, count wrong elements, busbw factor
 

@@ -22,9 +22,7 @@ def size_in_bytes(text: str) -> int:
     """Return the bytes of a size as nccl-tests takes it: 8, 64K, 25M, 1G."""
     number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
     if unit not in _UNITS or not number.isdigit() or int(number) < 1:
-        raise argparse.ArgumentTypeError(
-            f"a size must be a positive number, then K, M, G or nothing, found {text!r}"
-        )
+        raise argparse.ArgumentTypeError(f"a size must be a positive number, then K, M, G or nothing, found {text!r}")
     return int(number) * _UNITS[unit]
 
 

@@ -22,9 +22,9 @@ from benchmarks.command_line import described, new_file, positive
 from benchmarks.cost import SKETCH_SIZE
 from benchmarks.measure import banner, calls_at_once, hardware, interleaved, say, write_json
 from gaf_ddp import ConsensusAgreement, NeighborhoodAgreement, SequentialAgreement, Weighting, combine, gram
-from gaf_ddp.rules.agreement import decide
 from gaf_ddp.checks.replicas import hash_bits
 from gaf_ddp.kernels.fold import fold
+from gaf_ddp.rules.agreement import decide
 
 SIZES = (2**20, 25 * 2**20, 2**26, 2**28, 2**30)  # bytes
 _CACHES = 2**28  # bytes; more than the last cache of the machines this was run on
@@ -41,8 +41,7 @@ def measure_rows(count: int, size: int, dtype: torch.dtype, device: torch.device
     """Return one row of the table: W rows of together size bytes."""
     columns = max(size // (count * dtype.itemsize), 1)
     buffers = [
-        torch.randn(count, columns, device=device).to(dtype)
-        for _ in range(min(max(_CACHES // size, 1), _MOST_BUFFERS))
+        torch.randn(count, columns, device=device).to(dtype) for _ in range(min(max(_CACHES // size, 1), _MOST_BUFFERS))
     ]
     weights = torch.full((count,), 1 / count, device=device)
     same, out, target = weights.to(dtype), torch.empty_like(buffers[0][0]), torch.empty_like(buffers[0])

@@ -69,9 +69,7 @@ def draw_step_time(results: list[dict[str, Any]], path: Path) -> None:
         ratios = [row["backward"]["median"] for row in rows]
         axis.plot(ratios, place, MARKERS[i % len(MARKERS)], label=label(result))
     axis.axvline(1.0, color="0.6", linewidth=1)
-    axis.set(
-        xscale="log", xlabel="time of backward, plain DDP = 1", title=f"A DDP training step of {_models(results)}"
-    )
+    axis.set(xscale="log", xlabel="time of backward, plain DDP = 1", title=f"A DDP training step of {_models(results)}")
     ticks = [0.2, 0.5, 0.7, 1, 1.5, 2, 4]
     axis.set_xticks(ticks, map(str, ticks))
     axis.minorticks_off()

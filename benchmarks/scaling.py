@@ -35,8 +35,8 @@ from benchmarks.measure import (
 )
 from benchmarks.pictures import draw_scaling
 from gaf_ddp import NeighborhoodAgreement, combine, gram
-from gaf_ddp.rules.agreement import decide
 from gaf_ddp.kernels.fold import fold
+from gaf_ddp.rules.agreement import decide
 
 
 def ranks_of_a_host() -> int:
@@ -109,9 +109,7 @@ def measure_points(size: int, device: torch.device, repeats: int) -> list[dict[s
         group = subgroup(range(world))
         if group is not None:
             plain, bucket = torch.randn(2, size // 4, device=device)
-            run: dict[str, Callable[[], object]] = {
-                "all_reduce": partial(dist.all_reduce, plain.zero_(), group=group)
-            }
+            run: dict[str, Callable[[], object]] = {"all_reduce": partial(dist.all_reduce, plain.zero_(), group=group)}
             for name, exchange in exchanges(group, device).items():
                 if name != "gather":  # holds W buckets
                     run[name] = partial(filter_bucket, exchange, bucket)

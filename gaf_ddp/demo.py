@@ -58,9 +58,7 @@ def train(plan: Plan, state: GAFState | None) -> tuple[float, list[float]]:
     if rank == plan.bad_rank:
         labels = (labels + 1) % _CLASSES
     torch.manual_seed(0)
-    model = DistributedDataParallel(
-        nn.Sequential(nn.Linear(_DIMENSIONS, 128), nn.ReLU(), nn.Linear(128, _CLASSES))
-    )
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(_DIMENSIONS, 128), nn.ReLU(), nn.Linear(128, _CLASSES)))
     log = None
     if state is not None:
         model.register_comm_hook(state, gaf_hook)
@@ -110,9 +108,7 @@ def run(plan: Plan) -> None:
     wrong = "" if plan.bad_rank is None else f"; rank {plan.bad_rank}! learns from wrong labels"
     print(f"{plan.ranks} ranks, {plan.steps} steps of {_BATCH} points a rank{wrong}\n")
     print(table(plan, averaging, filtered, kept))
-    print(
-        f"\nin {time.perf_counter() - begun:.0f} s; python -m gaf_ddp.report {plan.log} draws the log", flush=True
-    )
+    print(f"\nin {time.perf_counter() - begun:.0f} s; python -m gaf_ddp.report {plan.log} draws the log", flush=True)
 
 
 def _spawned(rank: int, plan: Plan, store: str) -> None:

@@ -77,9 +77,7 @@ def resolve(ratio: float | None, scope: str | None, exchange: str, voters: str) 
     has voters of several ranks.
     """
     if ratio is None:
-        require(
-            voters == "rank", "voters='host' is for the consensus rule: tau and weighting must be None", voters
-        )
+        require(voters == "rank", "voters='host' is for the consensus rule: tau and weighting must be None", voters)
         return scope or "bucket", exchange
     rule = "is for tau and weighting: the consensus rule judges the whole gradient by sketches, one step late"
     require(scope in (None, "model"), f"scope {rule}", scope)
@@ -172,9 +170,7 @@ def require_alike(settings: Mapping[str, object], everyone: Tensor, rank: int) -
 def require_one(numbers: Tensor) -> None:
     """Raise ValueError if the ranks' numbers `(W,)`, on the host, differ: they decided by unlike settings."""
     others = [rank for rank, number in enumerate(numbers.tolist()) if number != numbers[0]]
-    require(
-        not others, "settings and weights must be the same on every rank, found others than rank 0's on", others
-    )
+    require(not others, "settings and weights must be the same on every rank, found others than rank 0's on", others)
 
 
 class Fingerprints:

@@ -11,7 +11,6 @@ from torch.utils.hooks import RemovableHandle
 from gaf_ddp.monitor.records import Decision
 from gaf_ddp.state import GAFState
 
-
 _MOST = 63  # backwards before a step that are looked at, of an optimizer that does not step
 
 

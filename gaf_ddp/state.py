@@ -130,12 +130,7 @@ class GAFState:
             if name not in settings.ASSIGNABLE and self.__dict__.get("_is_connected", False):
                 raise AttributeError(f"{name} holds from the first bucket on: make a new GAFState for a new model")
             settings.require_valid(**{name: value})
-        if (
-            name in ("tau", "weighting")
-            and "step" in self.__dict__
-            and self._ratio is not None
-            and value is not None
-        ):
+        if name in ("tau", "weighting") and "step" in self.__dict__ and self._ratio is not None and value is not None:
             raise AttributeError(f"{name} cannot be assigned where the consensus rule judges: make a new GAFState")
         super().__setattr__(name, value)
 

@@ -92,8 +92,7 @@ def _fake(settings: Settings) -> Data:
 
         def read(indices: Sequence[int]) -> Tensor:
             noises = [
-                torch.randn(3, side, side, generator=torch.Generator().manual_seed(seed + index))
-                for index in indices
+                torch.randn(3, side, side, generator=torch.Generator().manual_seed(seed + index)) for index in indices
             ]
             return prototypes[labels[torch.as_tensor(indices)]] + 3 * torch.stack(noises)
 
@@ -154,9 +153,7 @@ def _decoded(source: Any) -> Split:
     return Split(read, torch.tensor(source.targets))
 
 
-def _in_memory(
-    images: Tensor, labels: Tensor, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)
-) -> Split:
+def _in_memory(images: Tensor, labels: Tensor, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)) -> Split:
     def read(indices: Sequence[int]) -> Tensor:
         return _normalised(images[torch.as_tensor(indices)], mean, std)
 

@@ -14,9 +14,7 @@ def build_model(name: str, shape: tuple[int, int, int], classes: int) -> nn.Modu
 
 def _mlp(shape: tuple[int, int, int], classes: int) -> nn.Module:
     channels, height, width = shape
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(channels * height * width, 256), nn.ReLU(), nn.Linear(256, classes)
-    )
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, 256), nn.ReLU(), nn.Linear(256, classes))
 
 
 def _conv(shape: tuple[int, int, int], classes: int) -> nn.Module:

@@ -75,9 +75,7 @@ def _choose_device(choice: str, local_world: int) -> str:
         return "cuda" if found >= local_world else "cpu"
     if choice == "cuda" and found < local_world:
         rule = "--device cuda needs one GPU per rank on each node"
-        raise SettingsError(
-            f"{rule}, found {found} for {local_world} ranks; start fewer ranks or use --device cpu"
-        )
+        raise SettingsError(f"{rule}, found {found} for {local_world} ranks; start fewer ranks or use --device cpu")
     return choice
 
 

@@ -59,9 +59,7 @@ class Result:
 
 def result(records: Sequence[Record]) -> Result:
     """Sum up one run's records, which are in the order of their steps."""
-    lengths = [
-        later.step - earlier for later, earlier in zip(records, [0, *(r.step for r in records)], strict=False)
-    ]
+    lengths = [later.step - earlier for later, earlier in zip(records, [0, *(r.step for r in records)], strict=False)]
     ranks = min(len(record.kept) for record in records)  # the least, if the job was resumed with other ranks
     return Result(
         method=records[0].method,

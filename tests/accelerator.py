@@ -7,8 +7,8 @@ import torch.distributed as dist
 
 from gaf_ddp import device as devices
 from gaf_ddp import pipeline
-from gaf_ddp.exchange.protocol import GatherExchange, ShardedExchange
 from gaf_ddp.exchange.lanes import Promise, StreamLane
+from gaf_ddp.exchange.protocol import GatherExchange, ShardedExchange
 from gaf_ddp.exchange.sketched import SketchExchange
 
 

@@ -35,9 +35,7 @@ class Step(NamedTuple):
 class ConsensusOracle:
     """W ranks that are judged step by step, with the momenta `(W, n)` and every cosine that was."""
 
-    def __init__(
-        self, world_size: int, size: int, ratio: float = 3.0, max_norm_ratio: float | None = 10.0
-    ) -> None:
+    def __init__(self, world_size: int, size: int, ratio: float = 3.0, max_norm_ratio: float | None = 10.0) -> None:
         self.momenta = torch.zeros(world_size, size, dtype=torch.float64)
         self.ratio, self.max_norm_ratio = ratio, max_norm_ratio
         self.mean = torch.zeros(size, dtype=torch.float64)  # of the members' momenta
@@ -118,9 +116,7 @@ def judge(vectors: list[Tensor], voters: list[int]) -> Judgement:
 
     length = math.sqrt(sum(vectors[a].norm().item() ** 2 for a in members[0]) / len(members[0]))
     unit = max(median_low([far(a) for a in members[0]]), _LEAST * length)
-    return Judgement(
-        {j: far(j) / unit if unit else 0.0 for j in (known if len(voters) > 1 else voters)}, members[0]
-    )
+    return Judgement({j: far(j) / unit if unit else 0.0 for j in (known if len(voters) > 1 else voters)}, members[0])
 
 
 def kept_by(vectors: list[Tensor], voters: list[int], ratio: float) -> list[int]:

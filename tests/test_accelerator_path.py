@@ -48,9 +48,7 @@ def follow_without_streams(
 @pytest.mark.parametrize("world_size", job_but(3, of=[2, 3, 7]))
 @pytest.mark.parametrize("exchange", ["auto", "gather"])
 @every_scope
-def test_equals_the_oracle_without_a_host_sync(
-    gloo_ranks: Ranks, world_size: int, exchange: str, scope: str
-) -> None:
+def test_equals_the_oracle_without_a_host_sync(gloo_ranks: Ranks, world_size: int, exchange: str, scope: str) -> None:
     gradients = torch.stack([agreeing_gradients(world_size, sum(SIZES), seed) for seed in range(4)])
     gradients[1, 0] *= -1
     gradients[2, -1, 5] = torch.nan

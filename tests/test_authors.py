@@ -61,9 +61,7 @@ def authors(world_size: int, tau: float) -> tuple[Tensor, list[bool]]:
     return flat_parameters(model), taken
 
 
-def train_by_ranks(
-    device: torch.device, world_size: int, tau: float, running: Running
-) -> tuple[Tensor, list[bool]]:
+def train_by_ranks(device: torch.device, world_size: int, tau: float, running: Running) -> tuple[Tensor, list[bool]]:
     model, taken = ddp(mlp(), device), []
     state = GAFState(weighting=SequentialAgreement(tau, running=running), scope="model")
     model.register_comm_hook(state, gaf_hook)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from gaf_ddp import consensus_memory
+from gaf_ddp.kernels.fold import fold
 from gaf_ddp.rules.agreement import decide
 from gaf_ddp.rules.consensus import ConsensusAgreement, judge, judge_few
 from gaf_ddp.rules.memory import MOMENTUM, Consensus, ConsensusMemory, find_flipped, find_flipped_few, move
-from gaf_ddp.kernels.fold import fold
 from tests import oracle
 from tests.consensus_oracle import ConsensusOracle, kept_by
 from tests.consensus_oracle import judge as judge_by_hand
@@ -115,9 +115,7 @@ def test_copies_of_a_bad_rank_count_each() -> None:
 @pytest.mark.parametrize("kept", [[0, 1, 2], [1, 2, 3]])
 def test_ties_do_not_depend_on_the_order(kept: list[int]) -> None:
     # On a line, 1 and 2 have their second nearest at 4; the nearest others of 1 are nearer, or those of 2.
-    line = (
-        torch.tensor([[0.0], [1.0], [5.0], [9.0]]) if kept[0] == 0 else torch.tensor([[0.0], [4.0], [8.0], [9.0]])
-    )
+    line = torch.tensor([[0.0], [1.0], [5.0], [9.0]]) if kept[0] == 0 else torch.tensor([[0.0], [4.0], [8.0], [9.0]])
     gramian = gramian_of(line + torch.tensor([100.0]))
     everyone = torch.ones(4, dtype=torch.bool)
     for order in ([0, 1, 2, 3], [3, 1, 0, 2], [2, 3, 1, 0]):

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from gaf_ddp.consensus_judge import ByConsensus
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim import AdamW
 
 from gaf_ddp import ConsensusAgreement, GAFState, Mean, NeighborhoodAgreement, filter_fsdp, skip_on_disagreement
-from gaf_ddp.consensus_judge import ByConsensus
 from tests.accelerator import take_accelerators_way
 from tests.fsdp_models import (
     SIZES,

@@ -24,9 +24,7 @@ def check_errors() -> None:
     plain = mlp()
     with pytest.raises(TypeError, match=r"model must be of fully_shard, found Sequential without a unit of it"):
         filter_fsdp(plain, GAFState())
-    with pytest.raises(
-        TypeError, match=r"found DistributedDataParallel at the root: use model.register_comm_hook"
-    ):
+    with pytest.raises(TypeError, match=r"found DistributedDataParallel at the root: use model.register_comm_hook"):
         filter_fsdp(ddp(mlp(), torch.device("cpu")), GAFState())
     with pytest.raises(TypeError, match=r"FSDP2.*found FullyShardedDataParallel in '0'"):
         filter_fsdp(nn.Sequential(FullyShardedDataParallel(mlp(), device_id=torch.device("cpu"))), GAFState())
@@ -53,17 +51,13 @@ def check_unlike_settings() -> None:
     rank = dist.get_rank()
     model = probes()
     filter_fsdp(model, GAFState(tau=0.5 + rank / 10))
-    with pytest.raises(
-        ValueError, match=r"tau must be the same on every rank, found 0.5 on rank 0 and 0.6 on rank"
-    ):
+    with pytest.raises(ValueError, match=r"tau must be the same on every rank, found 0.5 on rank 0 and 0.6 on rank"):
         model(torch.ones(count())).backward()
     model = probes()
     state = filter_fsdp(model, GAFState(tau=0.5))
     model(torch.ones(count())).backward()
     state.tau = 0.5 + rank / 10
-    with pytest.raises(
-        ValueError, match=r"tau must be the same on every rank, found 0.5 on rank 0 and 0.6 on rank"
-    ):
+    with pytest.raises(ValueError, match=r"tau must be the same on every rank, found 0.5 on rank 0 and 0.6 on rank"):
         model(torch.ones(count())).backward()
 
 
@@ -73,9 +67,7 @@ def check_tensor_parallel() -> None:
     model = mlp()
     parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel()})
     fully_shard(model, mesh=mesh["data"])
-    with pytest.raises(
-        ValueError, match=r"fully_shard alone, not by tensor.*found 4 ranks of which 2 are fully_sh"
-    ):
+    with pytest.raises(ValueError, match=r"fully_shard alone, not by tensor.*found 4 ranks of which 2 are fully_sh"):
         filter_fsdp(model, GAFState())
 
 
@@ -127,9 +119,7 @@ def check_another_torch() -> None:
     unit: Any = model
     group = unit._get_fsdp_state()._fsdp_param_group
     del group.mesh_info
-    with pytest.raises(
-        RuntimeError, match=r"torch .* has another fully_shard than 2.11 to 2.15 have: .*mesh_info"
-    ):
+    with pytest.raises(RuntimeError, match=r"torch .* has another fully_shard than 2.11 to 2.15 have: .*mesh_info"):
         filter_fsdp(model, GAFState())
 
 

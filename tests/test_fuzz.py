@@ -19,8 +19,8 @@ from gaf_ddp import (
     gram,
     sketch,
 )
-from gaf_ddp.rules.agreement import decide
 from gaf_ddp.exchange.sketched import as_long_as
+from gaf_ddp.rules.agreement import decide
 from tests import oracle
 from tests.consensus_oracle import kept_by
 from tests.fuzz import DTYPES, LENGTHS, Drawn, clear_of_the_guard, fuzzed, gradients, unless_rounding_decides
@@ -223,9 +223,7 @@ def test_matrices_that_are_no_gramians(
     generator = torch.Generator().manual_seed(seed)
     exponents = torch.randint(-20, 20, (world_size, world_size), generator=generator)
     matrix = torch.randn(world_size, world_size, generator=generator) * 10.0**exponents
-    odd = torch.tensor([0.0, torch.nan, torch.inf, -torch.inf])[
-        torch.randint(4, matrix.shape, generator=generator)
-    ]
+    odd = torch.tensor([0.0, torch.nan, torch.inf, -torch.inf])[torch.randint(4, matrix.shape, generator=generator)]
     matrix = torch.where(torch.rand(matrix.shape, generator=generator) < 0.1, odd, matrix).to(dtype)
     for name in ("mean", "neighborhood", "sequential", "half"):
         for weighting in in_both_ways(name, tau)[0]:

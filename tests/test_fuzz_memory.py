@@ -5,13 +5,13 @@ import io
 from typing import Any
 
 import torch
+from gaf_ddp.consensus_judge import ByConsensus
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from gaf_ddp import GAFState
 from gaf_ddp.rules.consensus import ConsensusAgreement
-from gaf_ddp.consensus_judge import ByConsensus
 from gaf_ddp.rules.memory import MOMENTUM, ConsensusMemory, move
 from tests import oracle
 from tests.consensus_oracle import ConsensusOracle, Step

@@ -73,9 +73,7 @@ WIRES = [(torch.bfloat16, 8e-3), (torch.float16, 1e-3)]
 
 @every_scope
 @pytest.mark.parametrize(("wire", "tolerance"), job_but(WIRES[0], of=WIRES))
-def test_gradients_may_travel_in_half_precision(
-    ranks: Ranks, scope: str, wire: torch.dtype, tolerance: float
-) -> None:
+def test_gradients_may_travel_in_half_precision(ranks: Ranks, scope: str, wire: torch.dtype, tolerance: float) -> None:
     # The tolerance is twice the dtype's unit: gradients are rounded before they are sent, and the result once.
     gradients = some_steps(3)
     for exchange in ("sharded", "gather"):

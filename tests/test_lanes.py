@@ -183,9 +183,7 @@ def test_what_is_not_awaited_holds_up_only_its_promise(gloo_ranks: Ranks) -> Non
 def watch_copies(device: torch.device, scope: str) -> list[bool]:
     """Return for each step of many buckets whether DDP copied the first result before the last one was there."""
     model = ddp(nn.Sequential(*(nn.Linear(30, 30, bias=False) for _ in range(4))), device, bucket_cap_mb=0.001)
-    firsts: list[
-        Any
-    ] = []  # the first bucket's parameter and buffer, for each bucket of the step that was sent back
+    firsts: list[Any] = []  # the first bucket's parameter and buffer, for each bucket of the step that was sent back
     copied: list[bool] = []
 
     def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations other than its own

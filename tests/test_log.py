@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from gaf_ddp import GAFState, gaf_hook
-from gaf_ddp.rules.agreement import Agreement, decide
-from gaf_ddp.rules.consensus import ConsensusAgreement
+from gaf_ddp.exchange.pipeline import Decision
 from gaf_ddp.monitor.log import AgreementLog
 from gaf_ddp.monitor.sinks import picture
-from gaf_ddp.exchange.pipeline import Decision
+from gaf_ddp.rules.agreement import Agreement, decide
+from gaf_ddp.rules.consensus import ConsensusAgreement
 from tests.nets import batches, ddp, mlp
 from tests.syncs import HostSyncs
 
@@ -92,9 +92,7 @@ class TestRecords:
         assert {rank["distance"] for rank in record["ranks"]} == {None}
         assert record["ratio"] is None
         assert record["cosine"][0][1] == pytest.approx(0.2 / 1.2, rel=1e-5)
-        assert record["cosine"][0][2] == pytest.approx(
-            0.2 / 1.2 / 2, rel=1e-5
-        )  # 0 in the bucket it is absent from
+        assert record["cosine"][0][2] == pytest.approx(0.2 / 1.2 / 2, rel=1e-5)  # 0 in the bucket it is absent from
 
     @pytest.mark.parametrize("begun", [0, 1, 99, 100, 350])
     def test_come_at_multiples_also_after_a_restart(self, begun: int, tmp_path: Path) -> None:
@@ -197,9 +195,7 @@ def test_picture_is_blue_where_ranks_agree_and_orange_where_they_are_opposed() -
     assert image.min() >= 0
     assert image.max() <= 1
     height, width = (size // 2 for size in image.shape[1:])
-    agree, opposed, unknown, half = (
-        image[:, row * height, column * width] for row in range(2) for column in range(2)
-    )
+    agree, opposed, unknown, half = (image[:, row * height, column * width] for row in range(2) for column in range(2))
     assert agree[2] > agree[0]
     assert opposed[0] > opposed[2]
     assert unknown.tolist() == [1, 1, 1]

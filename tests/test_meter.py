@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from gaf_ddp.monitor.summary import AgreementMeter
 from torch import Tensor
 
 from gaf_ddp import Agreement, Mean, NeighborhoodAgreement
 from gaf_ddp import device as devices
 from gaf_ddp.rules.agreement import decide
-from gaf_ddp.monitor.summary import AgreementMeter
 from tests.syncs import HostSyncs
 
 Decision = tuple[Agreement, Tensor]
@@ -144,9 +144,7 @@ class TestRequireSound:
         bad = decide(torch.eye(4), lambda inner: torch.full_like(inner[0], weight), None)
         meter.record([(bad, numbers), (decide(torch.eye(4), Mean(), None), numbers)])
         for call in (meter.require_sound, meter.summary):
-            with pytest.raises(
-                ValueError, match="weighting must return finite weights >= 0, found others in 1 dec"
-            ):
+            with pytest.raises(ValueError, match="weighting must return finite weights >= 0, found others in 1 dec"):
                 call()
 
     def test_does_not_blame_the_weighting_where_nobody_votes(self) -> None:

@@ -135,9 +135,7 @@ def live_elements() -> int:
     gc.collect()
     tensors = [t for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter)]
     grads = [t.grad for t in tensors if t.is_leaf and t.grad is not None]
-    return sum(
-        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // 4 for t in tensors + grads}.values()
-    )
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // 4 for t in tensors + grads}.values())
 
 
 def test_holds_one_copy_of_the_gradient() -> None:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from gaf_ddp.judges import ByGradients
 from torch import Tensor
 
 from gaf_ddp import GAFState, gaf_hook
-from gaf_ddp.exchange.protocol import GatherExchange, ShardedExchange
-from gaf_ddp.judges import ByGradients
-from gaf_ddp.exchange.point_to_point import PeerExchange
 from gaf_ddp.exchange.pipeline import Pipeline
+from gaf_ddp.exchange.point_to_point import PeerExchange
+from gaf_ddp.exchange.protocol import GatherExchange, ShardedExchange
 from gaf_ddp.exchange.sketched import SketchExchange
 from tests.accelerator import take_accelerators_way
 from tests.nets import Probe, ddp, world
@@ -24,11 +24,7 @@ SMALL, LARGE = 40, 100_000
 SETTINGS: list[dict[str, Any]] = [
     {"tau": 1.0, "scope": "bucket"},
     {"tau": 1.0, "scope": "model"},
-    *(
-        {"tau": 1.0, "scope": s, "exchange": e}
-        for s in ("bucket", "model")
-        for e in ("gather", "sharded", "sketch")
-    ),
+    *({"tau": 1.0, "scope": s, "exchange": e} for s in ("bucket", "model") for e in ("gather", "sharded", "sketch")),
     {},
     {"scope": "model"},
     {"tau": 1.0, "watch": True},

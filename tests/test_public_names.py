@@ -11,8 +11,7 @@ import gaf_ddp
 from gaf_ddp.rules.agreement import decide
 
 NAMES = {
-    "Agreement": "(gramian, cosine, weights, kept, agreed, voters, nonfinite, overlong, distance=None, "
-    "flipped=None)",
+    "Agreement": "(gramian, cosine, weights, kept, agreed, voters, nonfinite, overlong, distance=None, flipped=None)",
     "AgreementLog": "(state, *targets, every=100, cosine_every=1000, rank=0)",
     "ConsensusAgreement": "(ratio=3.0)",
     "GAFState": "(process_group=None, tau=None, *, weighting=None, scope=None, exchange='auto', start_step=0, "

@@ -23,9 +23,7 @@ def record(step: int, kept: list[float], **more: Any) -> dict[str, Any]:
         "out_since": [None] * len(kept),
         **{name: value for name, value in more.items() if isinstance(value, list)},
     }
-    ranks = [
-        {"rank": rank, **{name: column[rank] for name, column in columns.items()}} for rank in range(len(kept))
-    ]
+    ranks = [{"rank": rank, **{name: column[rank] for name, column in columns.items()}} for rank in range(len(kept))]
     own = {name: value for name, value in more.items() if not isinstance(value, list)}
     return {"gaf_ddp_log": 1, "time": 0.0, "step": step, "decisions": 100, "ratio": 3.0, "ranks": ranks,
             "gaf/skipped_fraction": 0.0, "cosine": None} | own  # fmt: skip
@@ -89,9 +87,7 @@ class TestSentences:
         assert absence.since == 1001
 
     def test_say_that_nobody_is_out_and_how_often_nothing_agreed(self) -> None:
-        said = sentences(
-            [record(100, [0.9, 1, 1, 1], **{"gaf/skipped_fraction": 0.25}), record(200, [0.9, 1, 1, 1])]
-        )
+        said = sentences([record(100, [0.9, 1, 1, 1], **{"gaf/skipped_fraction": 0.25}), record(200, [0.9, 1, 1, 1])])
         assert said == [
             "No rank is out at step 200: the least kept is rank 0, 90%.",
             "In 12% of all decisions nothing agreed.",

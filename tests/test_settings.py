@@ -43,7 +43,9 @@ def backwards(device: torch.device, usual: dict[str, Any], unusual: dict[str, An
     settings = unusual if mine else usual
     ends = []
     for _ in range(2):
-        state = GAFState(**(settings if "weighting" in settings or "momentum" in settings else {"tau": 1.0, **settings}))
+        state = GAFState(
+            **(settings if "weighting" in settings or "momentum" in settings else {"tau": 1.0, **settings})
+        )
         state.step = step if mine else 0
         model = ddp(Probe([40]), device)
         model.register_comm_hook(state, gaf_hook)

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from gaf_ddp import GAFState, gaf_hook
-from gaf_ddp.exchange.lanes import ThreadLane, open_lane
 from gaf_ddp.exchange.groups import CAN_CLOSE
+from gaf_ddp.exchange.lanes import ThreadLane, open_lane
 from tests.nets import Probe, ddp, world
 
 Ranks = Callable[..., list[Any]]

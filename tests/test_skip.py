@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from gaf_ddp import GAFState, skip_on_disagreement
-from gaf_ddp.rules.agreement import decide
 from gaf_ddp.monitor.records import Decision
+from gaf_ddp.rules.agreement import decide
 from gaf_ddp.rules.neighborhood import NeighborhoodAgreement
 from tests.nets import Probe
 from tests.syncs import HostSyncs

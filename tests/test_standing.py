@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gaf_ddp import Agreement, GAFState, device, gaf_hook
-from gaf_ddp.rules.agreement import decide
 from gaf_ddp.exchange.pipeline import Decision
 from gaf_ddp.monitor.history import Standing
+from gaf_ddp.rules.agreement import decide
 from gaf_ddp.rules.weighting import Mean
 from tests.accelerator import take_accelerators_way
 from tests.nets import Probe, ddp
@@ -205,9 +205,7 @@ def end_step(state: GAFState, out: list[int], world_size: int) -> None:
 
 
 class TestWarnings:
-    def test_one_of_a_rank_that_is_out_for_long_in_a_thousand_steps(
-        self, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_one_of_a_rank_that_is_out_for_long_in_a_thousand_steps(self, caplog: pytest.LogCaptureFixture) -> None:
         state = GAFState(tau=1.0)
         said_after = []
         for step in range(2600):

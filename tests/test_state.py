@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gaf_ddp import ConsensusAgreement, GAFState, Mean, NeighborhoodAgreement, SequentialAgreement, gaf_hook
-from gaf_ddp.rules.agreement import decide
 from gaf_ddp.connect import connect
 from gaf_ddp.monitor.records import Decision
+from gaf_ddp.rules.agreement import decide
 from tests.gradients import random_gradients
 from tests.nets import Probe, ddp
 from tests.properties import gramian_of

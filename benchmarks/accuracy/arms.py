@@ -119,9 +119,7 @@ ARMS: dict[str, Arm] = {
     "random members": Arm(
         "random members, as many as the filter", "control", _repeating("random members", "neighborhood")
     ),
-    "random skips": Arm(
-        "random skips, as often as the filter", "control", _repeating("random skips", "neighborhood")
-    ),
+    "random skips": Arm("random skips, as often as the filter", "control", _repeating("random skips", "neighborhood")),
     "neighborhood": Arm("NeighborhoodAgreement, tau {tau}", "filter", _ruled("neighborhood", lambda e: e.tau)),
     "default": Arm("NeighborhoodAgreement, tau 1 (default)", "filter", _ruled("neighborhood", lambda e: 1.0)),
     "tuned": Arm("NeighborhoodAgreement, tau {tau}, best lr", "filter", _tuned),

@@ -128,9 +128,7 @@ def _broken(fault: Fault | None) -> Experiment:
 def _repeated(fault: str) -> tuple[str, ...]:
     """Return what is repeated on real ranks with this fault."""
     return (
-        ("neighborhood", "momenta 0.7", "consensus")
-        if fault == "a little is enough"
-        else ("neighborhood", "consensus")
+        ("neighborhood", "momenta 0.7", "consensus") if fault == "a little is enough" else ("neighborhood", "consensus")
     )
 
 

@@ -18,8 +18,8 @@ from benchmarks.accuracy.rules import settings_of
 from benchmarks.accuracy.task import Task
 from benchmarks.accuracy.training import build_network, build_optimizer
 from gaf_ddp import Agreement, GAFState, combine
-from gaf_ddp.kernels.fold import fold
 from gaf_ddp.exchange.sketched import as_long_as
+from gaf_ddp.kernels.fold import fold
 
 
 class Judged:

@@ -16,9 +16,7 @@ from benchmarks.accuracy.tables import LEGEND, group_text
 from benchmarks.measure import hardware, machine
 
 
-def write(
-    group: str, question: str, experiments: Sequence[Experiment], store: Store, out: Path, command: str
-) -> None:
+def write(group: str, question: str, experiments: Sequence[Experiment], store: Store, out: Path, command: str) -> None:
     """Write a group's page and picture into `out`; nothing where no experiment has a finished arm."""
     tables = tables_of(experiments, store)
     if not tables:

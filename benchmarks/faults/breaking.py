@@ -12,15 +12,15 @@ from pathlib import Path
 from threading import Timer
 from typing import Any
 
+import gaf_ddp.consensus_judge
+import gaf_ddp.judges
 import torch
 import torch.distributed as dist
 
-import gaf_ddp.consensus_judge
-import gaf_ddp.exchange.protocol
-import gaf_ddp.kernels.gram
-import gaf_ddp.judges
 import gaf_ddp.exchange.point_to_point
+import gaf_ddp.exchange.protocol
 import gaf_ddp.exchange.sketched
+import gaf_ddp.kernels.gram
 from benchmarks.faults.declare import FAULT_STEP, VICTIM, Fault
 
 _isend = dist.isend

@@ -97,8 +97,7 @@ def main() -> None:
     parser.add_argument("--out", type=new_file, help="where the page goes, and beside it the counts as .json")
     given = parser.parse_args()
     results = {
-        name: run(given.steps, given.seed, with_filter, arenas=arenas)
-        for name, (with_filter, arenas) in WAYS.items()
+        name: run(given.steps, given.seed, with_filter, arenas=arenas) for name, (with_filter, arenas) in WAYS.items()
     }
     text = page(results, given.seed)
     print(text)

@@ -69,8 +69,7 @@ def draw(seed: int, number: int, longest: int = 60) -> Segment:
     steps, joins, unused = chance.randint(longest // 3, longest), chance.random() < 0.15, chance.random() < 0.25
     odd, rate = ["nan", "inf", "zero", "flipped", "huge", "tiny", "noise"], chance.choice([0.0, 0.02, 0.2])
     kinds = [
-        [chance.choice(odd) if chance.random() < rate else "plain" for _ in range(WORLD_SIZE)]
-        for _ in range(steps)
+        [chance.choice(odd) if chance.random() < rate else "plain" for _ in range(WORLD_SIZE)] for _ in range(steps)
     ]
     first, rank, kind = chance.randrange(steps), chance.randrange(WORLD_SIZE), chance.choice(odd)
     for step in range(first, min(first + chance.choice([0, 5, 20]), steps)):  # a burst

@@ -82,9 +82,7 @@ class Judge:
         if bool((good & voters).any()):  # else nobody would count
             self.kept = good
         self._moves = (
-            found.moves
-            if self._momenta is None or self._momenta.device.type == "cpu"
-            else (found.moves.pin_memory())
+            found.moves if self._momenta is None or self._momenta.device.type == "cpu" else (found.moves.pin_memory())
         )
         return Opinion(self.kept, found.z, found.flipped, gramian)
 

@@ -55,9 +55,7 @@ class LateFilter:
         self, state: "GAFState", group: dist.ProcessGroup, device: torch.device, averages: bool = False
     ) -> None:
         self.group, self.device, self.wire_dtype = group, device, state.wire_dtype if group.size() > 1 else None
-        self.check: SumCheck | None = (
-            None  # of the averages of the steps that go into the ballot, if they are checked
-        )
+        self.check: SumCheck | None = None  # of the averages of the steps that go into the ballot, if they are checked
         self._state, self._hosts = state, state._records.statistics.hosts
         self._voters = Voters.named(state.voters, self._hosts)
         self._unit = group.size() if averages else 1  # what shares add up to
@@ -96,9 +94,7 @@ class LateFilter:
             self._hash = hash_bits(self._places.parameters, self.device)
             self.check = self.check or SumCheck(state.sketch_size)
 
-    def weigh(
-        self, gradient: Tensor, parameters: Sequence[Tensor], count: int | None = None
-    ) -> tuple[Tensor, Spans]:
+    def weigh(self, gradient: Tensor, parameters: Sequence[Tensor], count: int | None = None) -> tuple[Tensor, Spans]:
         """Fold a bucket into the ballot, and scale it by this rank's share.
 
         Args:

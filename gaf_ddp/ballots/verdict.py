@@ -80,9 +80,7 @@ def draw(
     return Verdict(kept, longest, agreement, guarded=not bool(alike[counted].all()))
 
 
-def watch(
-    weighting: Callable[[Tensor], Tensor], products: Tensor, numbers: Numbers, ratio: float | None
-) -> Verdict:
+def watch(weighting: Callable[[Tensor], Tensor], products: Tensor, numbers: Numbers, ratio: float | None) -> Verdict:
     """Record what a rule without a memory would have decided on the ballots' gradients; everyone counts."""
     total = numbers.squares.sum(1)
     length = products.diagonal().sqrt()

@@ -1,1 +1,1 @@
-""""""
+"""What averages gradients, and where the filter meets it."""

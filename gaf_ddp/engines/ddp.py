@@ -53,9 +53,7 @@ def require_whole(parameters: Sequence[Tensor]) -> None:
     Their ranks would be judged apart, and what is replicated over them would drift.
     """
     for parameter in parameters:
-        spec = getattr(parameter, "_st_info", None) or getattr(
-            parameter, "_spec", None
-        )  # as DDP, or torch, has it
+        spec = getattr(parameter, "_st_info", None) or getattr(parameter, "_spec", None)  # as DDP, or torch, has it
         mesh = getattr(spec, "mesh", None)
         if mesh is not None and mesh.size() > 1:
             raise ValueError(

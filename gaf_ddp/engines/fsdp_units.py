@@ -36,17 +36,13 @@ class Unit:
         if info.shard_mesh_dim is None or (self.is_replicated and info.mesh.size(info.shard_mesh_dim) == 1):
             raise ValueError(f"model must be sharded over more than one rank, found replicas alone {_of(name)}")
         self.shards: dist.ProcessGroup = group._reduce_scatter_process_group
-        ranks = (
-            info.mesh.mesh.flatten().tolist() if self.is_replicated else dist.get_process_group_ranks(self.shards)
-        )
+        ranks = info.mesh.mesh.flatten().tolist() if self.is_replicated else dist.get_process_group_ranks(self.shards)
         self.ranks: list[int] = sorted(ranks)
         for parameter in self.parameters:
             parts: int = parameter.device_mesh.size()  # type: ignore[attr-defined]
             if parts != len(ranks):  # replicas of a part would be judged apart, and drift
                 rule = "parameters must be sharded by fully_shard alone, not by tensor parallelism too"
-                raise ValueError(
-                    f"{rule}, found {parts} ranks of which {len(ranks)} are fully_shard's {_of(name)}"
-                )
+                raise ValueError(f"{rule}, found {parts} ranks of which {len(ranks)} are fully_shard's {_of(name)}")
         self.reduce_scatter: Any = group._reduce_scatter_comm
 
     @property

@@ -25,7 +25,9 @@ from gaf_ddp.exchange.sketched import SketchExchange
 
 Promise = Future[Tensor]
 _IDLE = 0.02  # seconds without a bucket after which averages are waited for: a hook around ours may wait for one
-_PATIENCE = 5.0  # seconds; without it 3 of 18 processes that ended while the thread was at work aborted, with it none of 96
+_PATIENCE = (
+    5.0  # seconds; without it 3 of 18 processes that ended while the thread was at work aborted, with it none of 96
+)
 _Tasks = SimpleQueue[Callable[[], None] | None]
 
 

@@ -112,9 +112,7 @@ def sum_small(measured: Tensor, group: dist.ProcessGroup) -> Tensor:
     return received.sum(0)
 
 
-def swap(
-    group: dist.ProcessGroup, sent: Sequence[Tensor], received: Sequence[Tensor], tag: int
-) -> Callable[[], None]:
+def swap(group: dist.ProcessGroup, sent: Sequence[Tensor], received: Sequence[Tensor], tag: int) -> Callable[[], None]:
     """Send `sent[r]` to each other rank r, receive its tensor into `received[r]`; return the wait for both."""
     rank, size = group.rank(), group.size()
     others = [(rank + step) % size for step in range(1, size)]

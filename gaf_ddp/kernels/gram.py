@@ -170,11 +170,7 @@ def _pieces(rows: Rows, columns: int) -> Iterator[tuple[Tensor, ...]]:
 
 def _matrices(rows: Rows, columns: int) -> Iterator[Tensor]:
     """Cut all rows alike, into matrices of so many columns."""
-    return (
-        iter(torch.split(rows, columns, 1))
-        if isinstance(rows, Tensor)
-        else map(torch.stack, _pieces(rows, columns))
-    )
+    return iter(torch.split(rows, columns, 1)) if isinstance(rows, Tensor) else map(torch.stack, _pieces(rows, columns))
 
 
 def _wide(rows: Rows) -> torch.dtype:

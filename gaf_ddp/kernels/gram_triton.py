@@ -38,9 +38,7 @@ def gram(rows: Tensor) -> Tensor:
     programs = max(1, min(triton.cdiv(columns, fixed["BLOCK"]), most))
     partial = torch.empty(programs, count, count, dtype=torch.float64, device=rows.device)
     with torch.cuda.device_of(rows):  # Triton launches on the current device
-        _gram_kernel[(programs,)](
-            rows.contiguous(), partial, *_units(columns), **fixed, num_warps=warps, **OPTIONS
-        )
+        _gram_kernel[(programs,)](rows.contiguous(), partial, *_units(columns), **fixed, num_warps=warps, **OPTIONS)
     return partial.sum(0)
 
 

@@ -65,7 +65,5 @@ def row_table(spans: Spans, size: int, device: torch.device) -> Tensor:
             start = row * period
             low, high = max(place - start, 0), min(place + count - start, period)
             shift, sign = shift_and_sign(start // length, length)
-            rows.append(
-                (first + start - place, low, high, shift + start % length + (4 * length if sign < 0 else 0))
-            )
+            rows.append((first + start - place, low, high, shift + start % length + (4 * length if sign < 0 else 0)))
     return torch.tensor(rows, dtype=torch.int64).view(-1, 4).to(device)

@@ -1,1 +1,1 @@
-""""""
+"""What was decided, for people: sums, history, warnings, logs, reports and pictures."""

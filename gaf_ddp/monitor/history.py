@@ -61,9 +61,7 @@ class History:
             kept, longest = totals["kept"][rank] / decisions, int(each["longest_out"])
             distance, trend = _line(each)
             line, absence = (distance, trend), (first, since, longest)
-            ranks.append(
-                RankStanding(rank, hosts[rank], kept, *line, nonfinite, overlong, zero, flipped, *absence)
-            )
+            ranks.append(RankStanding(rank, hosts[rank], kept, *line, nonfinite, overlong, zero, flipped, *absence))
         return Report(step, int(decisions), ranks)
 
     def read(self) -> Sums:

@@ -89,9 +89,7 @@ def _draw_distances(axis: Axes, records: Sequence[Record], out: list[int]) -> No
         z = [record["ranks"][rank]["distance"] for record in records]
         values = [float("nan") if value is None else max(value, 0.1) for value in z]
         bad = rank in out
-        axis.plot(
-            steps, values, color=_OUT if bad else _FINE, linewidth=2.4 if bad else 1.4, alpha=1 if bad else 0.6
-        )
+        axis.plot(steps, values, color=_OUT if bad else _FINE, linewidth=2.4 if bad else 1.4, alpha=1 if bad else 0.6)
         if bad and len(out) <= 4 and values[-1] == values[-1]:
             place: dict[str, Any] = {
                 "textcoords": "offset points",

@@ -11,6 +11,7 @@ from gaf_ddp.rules.agreement import Agreement, unsound
 from gaf_ddp.runtime.device import on_host
 from gaf_ddp.settings import require, require_one
 
+
 class Decision(NamedTuple):
     """One decision and the parameters it was about."""
 

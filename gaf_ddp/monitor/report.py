@@ -52,13 +52,9 @@ def read(path: Path) -> list[Record]:
             records.pop()
         records.append(record)
     if lines[-1]:
-        raise LogError(
-            f"{path}, line {len(lines)}, must end: a job that writes there again cuts it off, or delete it"
-        )
+        raise LogError(f"{path}, line {len(lines)}, must end: a job that writes there again cuts it off, or delete it")
     size = len(records[-1]["ranks"])
-    return [
-        record for record in records if len(record["ranks"]) == size
-    ]  # of a job with other ranks, its last part
+    return [record for record in records if len(record["ranks"]) == size]  # of a job with other ranks, its last part
 
 
 def _parse(line: bytes, where: str) -> Record:
@@ -126,9 +122,7 @@ def _why(records: Sequence[Record], rank: int) -> str:
 
 def _trend(trend: float) -> str:
     return (
-        "steady"
-        if abs(trend) < 0.05
-        else f"{'growing' if trend > 0 else 'falling'} by {abs(trend):.1f} in 100 steps"
+        "steady" if abs(trend) < 0.05 else f"{'growing' if trend > 0 else 'falling'} by {abs(trend):.1f} in 100 steps"
     )
 
 
@@ -145,9 +139,7 @@ def sentences(records: Sequence[Record]) -> list[str]:
     now = [absence for absence in found if absence.until is None]
     before = [absence for absence in found if absence.until is not None]
     said = [f"{name(last, a.rank).capitalize()} is out since step {a.since}: {a.why}." for a in now]
-    said += [
-        f"{name(last, a.rank).capitalize()} was out from step {a.since} to {a.until}: {a.why}." for a in before
-    ]
+    said += [f"{name(last, a.rank).capitalize()} was out from step {a.since} to {a.until}: {a.why}." for a in before]
     if not now:
         least = min(ranks, key=lambda rank: rank["kept"])
         said.insert(
@@ -156,9 +148,7 @@ def sentences(records: Sequence[Record]) -> list[str]:
         )
     elif len(now) < len(ranks):
         least = min(ranks[rank]["kept"] for rank in range(len(ranks)) if rank not in [a.rank for a in now])
-        said.append(
-            f"The other {len(ranks) - len(now)} ranks are kept in at least {least:.0%} of the last decisions."
-        )
+        said.append(f"The other {len(ranks) - len(now)} ranks are kept in at least {least:.0%} of the last decisions.")
     decisions = sum(record["decisions"] for record in records)
     skipped = sum(record["gaf/skipped_fraction"] * record["decisions"] for record in records) / decisions
     if skipped:

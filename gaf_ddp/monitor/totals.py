@@ -53,9 +53,7 @@ def between(before: Mapping[str, list[float]], now: Sums) -> Sums:
     """Return what was added between two readings; all of it where the number of ranks changed."""
     if len(before["kept"]) != len(now["kept"]):
         return now
-    return {
-        name: [late - early for late, early in zip(each, before[name], strict=True)] for name, each in now.items()
-    }
+    return {name: [late - early for late, early in zip(each, before[name], strict=True)] for name, each in now.items()}
 
 
 def summary(sums: Sums) -> dict[str, float]:

@@ -1,1 +1,1 @@
-""""""
+"""Which gradients count: pure functions of matrices of inner products."""

@@ -87,9 +87,7 @@ def test_names_and_declarations_are_unique() -> None:
 
 
 def test_chosen_arms_alone_are_trained(tmp_path: Path) -> None:
-    main(
-        ["--experiments", "shift w3 bad 1", "--arms", "default", "--quick", "--jobs", "1", "--out", str(tmp_path)]
-    )
+    main(["--experiments", "shift w3 bad 1", "--arms", "default", "--quick", "--jobs", "1", "--out", str(tmp_path)])
     lines = (tmp_path / "accuracy_runs.jsonl").read_text().splitlines()
     assert [json.loads(line)["run"]["rule"] for line in lines] == [{"name": "neighborhood", "parameter": 1.0}]
 

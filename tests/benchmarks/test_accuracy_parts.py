@@ -249,17 +249,13 @@ def test_a_slow_rank_sees_the_hardest_windows_and_the_others_all() -> None:
     assert hard.float().mean().item() == pytest.approx(0.25, abs=0.001)
     task = build_task(replace(EXPERIMENTS["text rank 0 of 4 sees the hardest quarter only"].base, steps=50), None)
     shown = {tuple(window.tolist()) for window in windows[hard][:, :-1]}
-    hard_shares = [
-        sum(tuple(w.tolist()) in shown for w in task.images[d.flatten()]) / d.numel() for d in task.draws
-    ]
+    hard_shares = [sum(tuple(w.tolist()) in shown for w in task.images[d.flatten()]) / d.numel() for d in task.draws]
     assert hard_shares[0] == 1
     assert hard_shares[1:] == pytest.approx([0.25] * 3, abs=0.1)
 
 
 def test_shuffled_targets_are_those_of_other_examples() -> None:
-    clean, task = (
-        build_task(replace(RUN, labels=labels), None) for labels in (Labels(), Labels("shuffled", (1,)))
-    )
+    clean, task = (build_task(replace(RUN, labels=labels), None) for labels in (Labels(), Labels("shuffled", (1,))))
     assert torch.equal(task.labels[0], clean.labels[0])
     assert torch.equal(task.labels[1].sort().values, clean.labels[1].sort().values)
     assert (task.labels[1] == clean.labels[1]).float().mean() < 0.2

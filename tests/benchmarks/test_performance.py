@@ -17,9 +17,7 @@ ROOT = Path(benchmarks.__file__).parent.parent
 
 def run(module: str, output: Path, *arguments: str, ranks: int | None = 2) -> Any:
     """Run a benchmark with --quick, under torchrun unless ranks is None; return its JSON."""
-    launcher = (
-        [] if ranks is None else ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-    )
+    launcher = [] if ranks is None else ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
     command = [sys.executable, "-m", *launcher, module, "--quick", "--json", str(output), *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -127,9 +127,7 @@ def refuses(device: torch.device, folder: str) -> None:
     strategy = lightning.strategies.DDPStrategy(ddp_comm_hook=gaf_hook)
     trainer = trainer_of(lightning, folder, AgreementCallback(), strategy=strategy, devices=2, max_steps=1)
     data: DataLoader[Any] = DataLoader(batches(0, 1), batch_size=None)  # type: ignore[arg-type]
-    with pytest.raises(
-        ValueError, match="ddp_comm_hook must be None beside this callback, found <function gaf_hook"
-    ):
+    with pytest.raises(ValueError, match="ddp_comm_hook must be None beside this callback, found <function gaf_hook"):
         trainer.fit(net(lightning), data)
 
 

@@ -181,9 +181,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="size must be at least 64 numbers, found 63"):
         fold_into(x, whole(3), torch.zeros(63), square)
     for sketch in (torch.zeros(64).double(), torch.zeros(2, 64), torch.zeros(128)[::2]):
-        with pytest.raises(
-            ValueError, match=r"sketch must be a contiguous vector \(k,\) of torch.float32, found "
-        ):
+        with pytest.raises(ValueError, match=r"sketch must be a contiguous vector \(k,\) of torch.float32, found "):
             fold_into(x, whole(3), sketch, square)
     for norm in (square.float(), square[None]):
         with pytest.raises(ValueError, match=r"square must be \(\) of torch.float64, found "):

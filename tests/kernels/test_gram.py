@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from gaf_ddp.kernels.gram import combine, filter_gradients, gram
-from gaf_ddp.rules.weighting import NeighborhoodAgreement, SequentialAgreement
+from gaf_ddp.rules.neighborhood import NeighborhoodAgreement
+from gaf_ddp.rules.sequential import SequentialAgreement
 from tests import oracle
 from tests.gradients import random_gradients
 

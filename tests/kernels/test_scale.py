@@ -49,9 +49,7 @@ def assert_close(found: Tensor, exact: Tensor) -> None:
 
 @every_dtype
 @pytest.mark.parametrize("length", LENGTHS)
-def test_a_rank_that_counts_is_divided_and_shortened(
-    device: torch.device, length: int, dtype: torch.dtype
-) -> None:
+def test_a_rank_that_counts_is_divided_and_shortened(device: torch.device, length: int, dtype: torch.dtype) -> None:
     for count in (1, 2, 3, 7, 1000):
         for limit in (math.inf, 1e9, 2.5, 0.03, 0.0, math.nan):
             gradient = normal(length, dtype, device)
@@ -104,9 +102,7 @@ def test_limits_of_norms_beyond_float32s_squares(device: torch.device, norm: flo
 
 @every_dtype
 @pytest.mark.parametrize("length", LENGTHS)
-def test_a_sum_that_counts_as_expected_is_left_alone(
-    device: torch.device, length: int, dtype: torch.dtype
-) -> None:
+def test_a_sum_that_counts_as_expected_is_left_alone(device: torch.device, length: int, dtype: torch.dtype) -> None:
     for counted in (1.0, 1 + 9e-7, 1 - 9e-7, sum([1 / 49] * 49)):
         total = normal(length, dtype, device)
         before = total.clone()

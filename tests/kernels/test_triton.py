@@ -8,7 +8,8 @@ import torch
 
 from gaf_ddp.kernels.gram import gram
 from gaf_ddp.rules.agreement import Agreement, decide
-from gaf_ddp.rules.weighting import NeighborhoodAgreement, SequentialAgreement
+from gaf_ddp.rules.neighborhood import NeighborhoodAgreement
+from gaf_ddp.rules.sequential import SequentialAgreement
 from tests.kernels.interpreter import DEVICE, INTERPRETED, needs_kernels, outside_the_interpreter, run_interpreted
 from tests.kernels.spills import spilled_bytes
 
@@ -162,9 +163,7 @@ def test_kernels_compile_without_spilling(capability: int, tmp_path: Path) -> No
     for count, (name, dtype) in product((2, 4, 8, 16, 64), (("fp32", torch.float32), ("bf16", torch.bfloat16))):
         fixed, warps = gram_triton.constants(count, dtype)
         types = shared | {"rows": f"*{name}"}
-        spilled = spilled_bytes(
-            gram_triton._gram_kernel, types, {"ALIGN": 16, **fixed}, warps, capability, tmp_path
-        )
+        spilled = spilled_bytes(gram_triton._gram_kernel, types, {"ALIGN": 16, **fixed}, warps, capability, tmp_path)
         assert spilled <= (0 if count <= 16 else MOST_SPILLED), (count, name, spilled)
     types = {"rows": "*fp32", "weights": "*fp64", "out": "*fp32", "units": "i32"}
     fixed = {"ALIGN": 16, "COUNT": 8, "BLOCK": 1024}

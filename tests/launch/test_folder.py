@@ -87,9 +87,7 @@ CANNOT_WRITE = "launch.train: error: on rank 0: --out must be a folder this job 
 
 
 @pytest.mark.job
-def test_a_disk_that_fills_up_ends_every_rank_with_one_line(
-    gloo_ranks: RunRanks, mount: Callable[[str], Path]
-) -> None:
+def test_a_disk_that_fills_up_ends_every_rank_with_one_line(gloo_ranks: RunRanks, mount: Callable[[str], Path]) -> None:
     """There is room for one checkpoint and for half of the next."""
     folder = mount("size=240k")
     outcomes = run_job(gloo_ranks, 2, [*JOB, "--out", folder], timeout=60)

@@ -16,9 +16,7 @@ from tools.ranks import RankError
 
 
 @pytest.mark.job
-def test_filter_beats_averaging_and_the_paper_needs_a_good_first_rank(
-    gloo_ranks: RunRanks, tmp_path: Path
-) -> None:
+def test_filter_beats_averaging_and_the_paper_needs_a_good_first_rank(gloo_ranks: RunRanks, tmp_path: Path) -> None:
     """The demonstration in small, with wrong labels on rank 0.
 
     On 4 ranks, over 3 seeds and 400 steps, the final accuracies are about 91, 96 (GAF) and 61 (paper).

@@ -102,9 +102,7 @@ def test_a_saved_job_goes_on_with_the_same_settings_only() -> None:
 
 def test_a_saved_job_may_move_and_change_its_size() -> None:
     saved = make_plan(out=Path("here")).as_plain()
-    moved = make_plan(
-        "--workers", 2, "--data-dir", "elsewhere", "--checkpoint-every", 20, world=3, out=Path("there")
-    )
+    moved = make_plan("--workers", 2, "--data-dir", "elsewhere", "--checkpoint-every", 20, world=3, out=Path("there"))
     assert differences(saved, moved) == []
 
 
@@ -117,18 +115,14 @@ def test_help_shows_every_option_with_its_default(capsys: pytest.CaptureFixture[
     assert shown.count("default: ") > 25
 
 
-def test_help_is_shown_by_one_rank_only(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_help_is_shown_by_one_rank_only(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit):
         parse(["--help"])
     assert capsys.readouterr().out == ""
 
 
-def test_a_start_without_torchrun_says_how(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_start_without_torchrun_says_how(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     assert main([]) == 2
     assert "torchrun --standalone --nproc-per-node 4 -m launch.train\n" in capsys.readouterr().err
