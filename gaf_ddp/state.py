@@ -146,7 +146,7 @@ class GAFState:
         decisions = self.decisions
         if not decisions:
             return None
-        if self.scope == "model":
+        if self.scope == "model" or self._is_late:
             return decisions[0].agreement
         return Agreement.stack([decision.agreement for decision in decisions])
 

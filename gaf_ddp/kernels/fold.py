@@ -90,7 +90,7 @@ def _require(x: Tensor, spans: Spans, size: int) -> None:
 def _fold_on_cpu(x: Tensor, spans: Spans, size: int) -> tuple[Tensor, Tensor]:
     """Add up all blocks with their signs, each while it is in the cache, then the rows of their sum."""
     table = sign_table(size, torch.float32, x.device)
-    total = torch.zeros(block_length(size))
+    total = torch.zeros(block_length(size), dtype=torch.float32)
     square = 0.0
     for begin, end, pieces in _plan(spans, size):
         numbers = x[begin:end].float()

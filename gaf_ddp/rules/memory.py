@@ -71,7 +71,7 @@ class ConsensusMemory:
         decay = _DECAY**steps
         each = (1 - decay) / (1 - _DECAY)  # so many steps at once count as many times
         now = each * torch.stack([torch.where(pairs, cosine(gradients), 0), pairs.double()])
-        self.cosines = self.cosines * torch.where(pairs, decay, 1.0) + now
+        self.cosines = torch.where(pairs, decay * self.cosines, self.cosines) + now
         total, number = self.cosines
         return find_flipped(torch.where(number > _ENOUGH, total / number, 0), voters)
 
