@@ -9,7 +9,9 @@ import torch.distributed as dist
 from gaf_ddp.ballots.late import LateFilter
 from gaf_ddp.engines.ddp import Model, require_whole
 from gaf_ddp.exchange.pipeline import Pipeline
+from gaf_ddp.exchange.point_to_point import meet as meet_ranks
 from gaf_ddp.runtime.device import kernels
+from gaf_ddp.runtime.errors import named
 from gaf_ddp.runtime.hosts import own_host
 from gaf_ddp.settings import as_text, require_same, shared
 from gaf_ddp.state import GAFState
@@ -47,6 +49,9 @@ def meet(state: GAFState, group: dist.ProcessGroup, device: torch.device) -> Non
     Raises:
         ValueError: on every rank: their settings differ.
     """
+    if device.type == "cpu":  # names a rank that died, as gloo's collectives do not
+        with named("before the first bucket"):
+            meet_ranks(group)
     # A schedule that raises does so before the others are met: their errors name this rank then.
     told = {**shared(state), "fused kernels": kernels(device.type) is not None, "step": state.step}
     everyone = require_same(as_text({**told, "host": own_host()}), group, device)

@@ -66,13 +66,15 @@ def gaf_hook(
     """
     _require(state, bucket)
     way = connect(state, bucket)
-    return _late(way, bucket) if isinstance(way, LateFilter) else _at_once(way, bucket)
+    return _late(state, way, bucket) if isinstance(way, LateFilter) else _at_once(way, bucket)
 
 
-def _late(late: LateFilter, bucket: Any) -> Future[Tensor]:
+def _late(state: GAFState, late: LateFilter, bucket: Any) -> Future[Tensor]:
     """Fold, scale, all-reduce; after the last bucket send the ballot."""
     buffer: Tensor = bucket.buffer()
     late.begin_if_first(bucket.index())
+    if state._model.leaves_out_buckets:
+        at_end_of_backward(late.end_if_open)
     share, spans = late.weigh(buffer, bucket.parameters())
     sent = buffer if late.wire_dtype is None else buffer.to(late.wire_dtype)
     sums = [dist.all_reduce(each, group=late.group, async_op=True) for each in (sent, share)]

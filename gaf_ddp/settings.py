@@ -170,7 +170,8 @@ def require_alike(settings: Mapping[str, object], everyone: Tensor, rank: int) -
 def require_one(numbers: Tensor) -> None:
     """Raise ValueError if the ranks' numbers `(W,)`, on the host, differ: they decided by unlike settings."""
     others = [rank for rank, number in enumerate(numbers.tolist()) if number != numbers[0]]
-    require(not others, "settings and weights must be the same on every rank, found others than rank 0's on", others)
+    if others:
+        raise ValueError(f"settings and weights must be the same on every rank, found others than rank 0's on {others}")
 
 
 class Fingerprints:
@@ -203,5 +204,6 @@ class Fingerprints:
             if len(set(told)) > 1:
                 require_same(settings, self._group, numbers.device)
             others = [rank for rank, number in enumerate(weighed) if number != weighed[0]]
-            rule = "weighting must return the same on every rank: seed one that draws random numbers"
-            require(not others, f"{rule}, found other weights in the last decision than rank 0's on ranks", others)
+            if others:
+                rule = "weighting must return the same on every rank: seed one that draws random numbers"
+                raise ValueError(f"{rule}, found other weights than rank 0's in the last decision on ranks {others}")

@@ -44,7 +44,7 @@ def present(vectors: list[Tensor], max_norm_ratio: float | None) -> list[int]:
     norms = {i: v.norm().item() for i, v in enumerate(vectors) if v.isfinite().all() and v.any()}
     if not norms or max_norm_ratio is None:
         return list(norms)
-    median = sorted(norms.values())[(len(norms) - 1) // 2]
+    median = sorted(norms.values())[min(len(norms) // 2, len(norms) - 1)]
     return [i for i, norm in norms.items() if norm <= max_norm_ratio * median]
 
 

@@ -90,30 +90,3 @@ def test_no_norm_guard_keeps_what_is_long(ranks: Ranks) -> None:
     outcomes = ranks(4, follow, gradients, SIZES, {"tau": 2.0, "max_norm_ratio": None}, FEW_BUCKETS)
     assert_follows(outcomes, gradients, oracle.mean, max_norm_ratio=None)
     assert outcomes[0].summary["gaf/overlong_fraction"] == 0
-
-
-@every_scope
-@pytest.mark.parametrize("exchange", ["sharded", "gather"])
-@pytest.mark.parametrize("world_size", job_but(3, of=[2, 3, 4]))
-def test_ranks_are_judged_by_their_momenta(ranks: Ranks, world_size: int, scope: str, exchange: str) -> None:
-    gradients = torch.cat([some_steps(world_size), some_steps(world_size).flip(0)])
-    settings = {"tau": 0.97, "scope": scope, "exchange": exchange, "vote_momentum": 0.8}
-    outcomes = ranks(world_size, follow, gradients, SIZES, settings, MANY_BUCKETS if scope == "bucket" else {})
-    first = outcomes[0]
-    for other in outcomes[1:]:
-        assert torch.equal(other.gradients, first.gradients)
-    momenta: dict[tuple[int, ...], Tensor] = {}
-    rule = oracle.neighborhood(0.97)
-    for of_ranks, filtered, spans, kept in zip(gradients, first.gradients, first.spans, first.kept, strict=True):
-        before, momenta = momenta, {}
-        for span, who in zip(spans, kept, strict=True):
-            rows = of_ranks[:, span].double()
-            judged = 0.8 * before.get(tuple(span), torch.zeros_like(rows)) + rows
-            absent = ~rows.any(1)
-            expected = oracle.filtered(list(judged.masked_fill(absent[:, None], 0)), rule)
-            assert who.nonzero().flatten().tolist() == expected.kept
-            average = rows[expected.kept].mean(0) if expected.kept else torch.zeros_like(rows[0])
-            oracle.assert_close(filtered[span], average)
-            unfit = [i for i in range(world_size) if not absent[i] and i not in oracle.present(list(judged), 10.0)]
-            judged[unfit] = 0
-            momenta[tuple(span)] = judged

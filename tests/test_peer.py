@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gaf_ddp import peer
+from gaf_ddp.exchange import point_to_point as peer
 from gaf_ddp.exchange.point_to_point import PeerExchange
 from tests.nets import world
 

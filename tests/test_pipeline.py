@@ -1,13 +1,11 @@
 """The way of a bucket: which exchange it takes, and what it may not be."""
 
 from collections.abc import Callable
-from threading import current_thread
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from gaf_ddp.judges import ByGradients
 from torch import Tensor
 
 from gaf_ddp import GAFState, gaf_hook
@@ -25,10 +23,6 @@ SETTINGS: list[dict[str, Any]] = [
     {"tau": 1.0, "scope": "bucket"},
     {"tau": 1.0, "scope": "model"},
     *({"tau": 1.0, "scope": s, "exchange": e} for s in ("bucket", "model") for e in ("gather", "sharded", "sketch")),
-    {},
-    {"scope": "model"},
-    {"tau": 1.0, "watch": True},
-    {"exchange": "sharded"},
 ]
 
 
@@ -64,7 +58,7 @@ def routes(sharded: str, small_in_bucket_scope: str) -> list[list[str]]:
     """Return what `watch_routes` should."""
     gather, shard, sketch = ([name] * 2 for name in ("GatherExchange", sharded, "SketchExchange"))
     exact = [gather, shard, sketch]
-    return [[small_in_bucket_scope, sharded], shard, *exact, *exact, sketch, sketch, sketch, shard]
+    return [[small_in_bucket_scope, sharded], shard, *exact, *exact]
 
 
 def test_on_the_cpu_auto_never_gathers(gloo_ranks: Ranks) -> None:
@@ -82,33 +76,11 @@ def test_gpus_do_so_too(nccl_ranks: Ranks) -> None:
     assert nccl_ranks(2, watch_routes, False) == ON_ACCELERATORS
 
 
-def threads_of_averages(device: torch.device) -> set[str]:
-    """Return the names of the threads that start the averages of a watched job."""
-    found: set[str] = set()
-    average = SketchExchange.average
-
-    def watched(self: SketchExchange, bucket: Tensor) -> Callable[[], None] | None:
-        found.add(current_thread().name)
-        return average(self, bucket)
-
-    SketchExchange.average = watched  # type: ignore[method-assign]
-    model = ddp(Probe([LARGE, SMALL]), device, bucket_cap_mb=0.0001)
-    model.register_comm_hook(GAFState(watch=True), gaf_hook)
-    for _ in range(2):
-        model(torch.ones(LARGE + SMALL, device=device)).backward()
-    return found
-
-
-def test_on_the_cpu_a_watched_average_starts_in_backward_and_waits_for_no_sketch(gloo_ranks: Ranks) -> None:
-    assert all("gaf_ddp" not in found and found for found in gloo_ranks(2, threads_of_averages))
-
-
 def take_from_two_devices(device: torch.device) -> None:
     """Let a bucket come from another device than the first one; one without memory stands for it."""
-    settings: dict[str, Any] = {"scope": "bucket", "exchange": "auto", "wire_dtype": None, "sketch_size": 64}
-    pipeline = Pipeline(world(), device, watch=False, judge=ByGradients(), **settings)
+    pipeline = Pipeline(GAFState(tau=1.0), world(), device)
     with pytest.raises(ValueError, match=r"all parameters .* must be on one device, found .* and meta"):
-        pipeline.take(SimpleNamespace(buffer=lambda: torch.zeros(4, device="meta")), 0)
+        pipeline.take(SimpleNamespace(buffer=lambda: torch.zeros(4, device="meta")))
 
 
 def test_a_model_on_two_devices_is_refused(ranks: Ranks) -> None:

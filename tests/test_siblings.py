@@ -55,7 +55,7 @@ def train_anew(device: torch.device) -> list[int]:
     gc.disable()
     for i in range(9):
         model = ddp(Probe([40]), device, process_group=group)
-        model.register_comm_hook(GAFState(group, scope="bucket"), gaf_hook)
+        model.register_comm_hook(GAFState(group, tau=1.0), gaf_hook)
         model(torch.ones(40, device=device)).backward()
         assert model.module.parts[0].grad.tolist() == [1.0] * 40
         kept = [*kept, model][-dist.get_rank() :] if dist.get_rank() else []  # rank 3 keeps three of them

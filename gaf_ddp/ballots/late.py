@@ -81,8 +81,7 @@ class LateFilter:
 
     def begin(self) -> None:
         """Begin a step: draw the verdict of the last ballots, and end a step whose last bucket never came."""
-        if self.is_open:
-            self.end()
+        self.end_if_open()
         self.draw()
         state = self._state
         mode = state.watch, state.step < state.start_step
@@ -125,6 +124,11 @@ class LateFilter:
         if self._steps >= self._every:
             self._send()
         self._state._end_step()
+
+    def end_if_open(self) -> None:
+        """End a step whose last bucket never came."""
+        if self.is_open:
+            self.end()
 
     def draw(self) -> None:
         """Wait for the ballots that were sent, and let their verdict hold from now on; no collective.

@@ -20,8 +20,8 @@ class Model:
         found = _find(parameters)
         self._model = None if found is None else weakref.ref(found)
         self.process_group: dist.ProcessGroup | None = getattr(found, "process_group", None)
-        # DDP calls the hook for no bucket that nobody used then, perhaps not for the last one.
-        self.may_lack_last_bucket: bool = getattr(found, "skip_all_reduce_unused_params", True)
+        # DDP calls the hook for no bucket that nobody used then, perhaps not for the last one. None: not known.
+        self.leaves_out_buckets: bool | None = getattr(found, "skip_all_reduce_unused_params", None)
         self._known: set[tuple[int, ...]] = set()
 
     def require_own(self, parameters: Sequence[Tensor]) -> None:

@@ -118,7 +118,7 @@ class Pipeline:
 
     def finish(self) -> None:
         """End the step with backward where DDP may leave out the last bucket; let errors out of `backward()`."""
-        if self._latest is not None and self._state._model.may_lack_last_bucket:
+        if self._latest is not None and self._state._model.leaves_out_buckets is not False:
             self._latest, self.first_step = None, False
             self.lane.run(self._close)
         self.lane.wait()

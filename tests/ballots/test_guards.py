@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.ballots.test_late import alike
-from tests.ballots.training import N, SIZES, TINY, Trained, averaged, train
+from tests.ballots.training import SIZES, TINY, N, Trained, averaged, train
 
 Ranks = Callable[..., list[Any]]
 

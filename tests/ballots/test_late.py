@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gaf_ddp import ConsensusAgreement, GAFState, gaf_hook
-from tests.ballots.training import N, SIZES, TINY, averaged, both, train
+from tests.ballots.training import SIZES, TINY, N, averaged, both, train
 from tests.gradients import agreeing_gradients
 from tests.nets import Probe, assert_replicas_equal, ddp, flat_gradients
 
