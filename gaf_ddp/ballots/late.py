@@ -72,6 +72,7 @@ class LateFilter:
         self._hash: Tensor | None = None  # of the parameters' bits, where they are compared
         self._off: Tensor | None = None  # how far the last checked sum was off
         self._begin_ballot()
+        self.recall()
 
     def begin_if_first(self, index: int) -> None:
         """Begin a step if a bucket of this index, which grows in a step, is its first."""
