@@ -62,7 +62,8 @@ def gaf_hook(
         ValueError: there is no process group or it is not the model's, the ranks' settings differ, the state is
             another model's, the model is on several devices, or tau's schedule or the weighting returned something
             invalid.
-        RuntimeError: replicas differ, or an average is not that of the gradients (`check_every`).
+        RuntimeError: replicas differ, or an average is not that of the gradients (`check_every`); backward is captured
+            in a CUDA graph.
     """
     _require(state, bucket)
     way = connect(state, bucket)
@@ -109,7 +110,7 @@ def _at_once(pipeline: Pipeline, bucket: Any) -> Future[Tensor]:
 
 
 def _require(state: object, bucket: object) -> None:
-    """Raise TypeError unless these are what a hook is called with."""
+    """Raise TypeError unless these are what a hook is called with; RuntimeError where it could not be called again."""
     if not isinstance(state, GAFState):
         raise TypeError(f"state must be a GAFState, found {state!r}; register_comm_hook(GAFState(), gaf_hook)")
     if not isinstance(bucket, dist.GradBucket):  # type: ignore[attr-defined]
@@ -118,5 +119,7 @@ def _require(state: object, bucket: object) -> None:
             "torch.compile's optimize_ddp='python_reducer' passes none: "
             "set torch._dynamo.config.optimize_ddp to True or False"
         )
+    if bucket.buffer().is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("backward must not be captured in a CUDA graph: replays would not call the hook")
     if bucket.buffer().is_sparse:
         raise TypeError("gradients must be dense, found a sparse one, as nn.Embedding(sparse=True) makes")

@@ -28,7 +28,6 @@ from tests.fsdp_models import (
     run,
     split,
     train,
-    whole,
 )
 from tests.gradients import agreeing_gradients
 from tests.marks import job_but
@@ -323,7 +322,13 @@ def check_wraps_another_reduce_scatter() -> None:
         assert counted.calls == calls
 
 
-AS_TORCH: Checks = [check_every_way, check_late_averages, check_compiled, check_wraps_another_reduce_scatter, check_hosts_vote]
+AS_TORCH: Checks = [
+    check_every_way,
+    check_late_averages,
+    check_compiled,
+    check_wraps_another_reduce_scatter,
+    check_hosts_vote,
+]
 FILTERED: dict[int, Checks] = {
     2: [check_bad_ranks, check_steps, check_two_roots, check_skip, check_memory],
     3: [check_averages, check_bad_ranks, check_one_step_late, check_steps, check_memory],

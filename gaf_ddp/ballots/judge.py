@@ -102,14 +102,22 @@ class Judge:
         """
         try:
             found: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
-            momenta, moves, kept, cosines = (found[name] for name in ("momenta", "moves", "kept", "cosines"))
-            size = len(kept)
-            sound = kept.shape == (size,) and cosines.shape == (2, *cosines.shape[1:2] * 2)
-            sound = sound and kept.dtype == torch.bool and cosines.dtype == torch.float64
-            sound = sound and (momenta is None or (momenta.dim() == 2 and momenta.dtype == torch.float32))
-            sound = sound and (moves is None or (moves.shape == (size, size) and moves.dtype == torch.float64))
+            _require_sound(**found)
         except Exception as error:
             raise ValueError(f"memory must be what state_dict() returned, found {content!r:.60}") from error
-        if not sound:
-            raise ValueError(f"memory must be what state_dict() returned, found {content!r:.60}")
-        self._momenta, self._moves, self.kept, self._memory.cosines = momenta, moves, kept, cosines
+        self._momenta, self._moves, self.kept = found["momenta"], found["moves"], found["kept"]
+        self._memory.cosines = found["cosines"]
+
+
+def _require_sound(momenta: Tensor | None, moves: Tensor | None, kept: Tensor, cosines: Tensor) -> None:
+    """Raise ValueError unless these are of V voters each, and finite."""
+    count = len(kept)
+    sound = kept.dtype == torch.bool and kept.shape == (count,)
+    sound &= cosines.dtype == torch.float64 and cosines.dim() == 3 and len(cosines) == 2
+    sound &= cosines.shape[1:] in ((count, count), (0, 0)) and bool(cosines.isfinite().all())
+    if momenta is not None:
+        sound &= momenta.dtype == torch.float32 and momenta.dim() == 2 and len(momenta) in (count, 0)
+    if moves is not None:
+        sound &= moves.dtype == torch.float64 and moves.shape == (count, count) and bool(moves.isfinite().all())
+    if not sound:
+        raise ValueError("of unlike shapes, dtypes, or not finite")

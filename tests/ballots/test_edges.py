@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gaf_ddp import GAFState, gaf_hook
 from tests.ballots.test_late import alike
-from tests.ballots.training import N, SIZES, TINY, train
+from tests.ballots.training import SIZES, TINY, N, train
 from tests.gradients import agreeing_gradients
 from tests.nets import Probe, assert_replicas_equal, ddp, flat_gradients, mlp
 
@@ -109,7 +109,10 @@ def test_one_state_for_two_models_is_refused(gloo_ranks: Ranks, settings: dict[s
 
 def freeze_layers(device: torch.device, settings: dict[str, Any]) -> dict[str, Any]:
     """Return the report of a model whose first two layers are frozen after DDP wrapped them."""
-    model, state = ddp(Probe([50, 60, 70]), device, bucket_cap_mb=0.0001, find_unused_parameters=True), GAFState(**settings)
+    model, state = (
+        ddp(Probe([50, 60, 70]), device, bucket_cap_mb=0.0001, find_unused_parameters=True),
+        GAFState(**settings),
+    )
     model.register_comm_hook(state, gaf_hook)
     for part in list(model.module.parts)[:2]:
         part.requires_grad_(False)

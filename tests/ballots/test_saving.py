@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gaf_ddp import GAFState, gaf_hook
-from tests.ballots.training import N, SIZES, TINY
+from tests.ballots.training import SIZES, TINY, N
 from tests.gradients import agreeing_gradients
 from tests.nets import Probe, ddp, flat_gradients
 
