@@ -34,8 +34,10 @@ from benchmarks.measure import (
     write_json,
 )
 from gaf_ddp import NeighborhoodAgreement, gram
+from gaf_ddp.exchange.gather import GatherExchange
 from gaf_ddp.exchange.point_to_point import PeerExchange
-from gaf_ddp.exchange.protocol import Exchange, GatherExchange, ShardedExchange
+from gaf_ddp.exchange.protocol import Exchange
+from gaf_ddp.exchange.sharded import ShardedExchange
 from gaf_ddp.exchange.sketched import SketchExchange
 from gaf_ddp.rules.agreement import decide
 from gaf_ddp.runtime.collectives import all_gather_single, reduce_scatter_single

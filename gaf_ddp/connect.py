@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from gaf_ddp.alike import as_text, require_same, shared
 from gaf_ddp.ballots.late import LateFilter
 from gaf_ddp.engines.ddp import Model, require_whole
 from gaf_ddp.exchange.pipeline import Pipeline
@@ -13,7 +14,6 @@ from gaf_ddp.exchange.point_to_point import meet as meet_ranks
 from gaf_ddp.runtime.device import kernels
 from gaf_ddp.runtime.errors import named
 from gaf_ddp.runtime.hosts import own_host
-from gaf_ddp.settings import as_text, require_same, shared
 from gaf_ddp.state import GAFState
 
 

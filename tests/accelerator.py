@@ -6,9 +6,11 @@ import torch
 import torch.distributed as dist
 
 from gaf_ddp.exchange import pipeline
-from gaf_ddp.exchange.lanes import Promise, StreamLane
-from gaf_ddp.exchange.protocol import GatherExchange, ShardedExchange
+from gaf_ddp.exchange.gather import GatherExchange
+from gaf_ddp.exchange.sharded import ShardedExchange
 from gaf_ddp.exchange.sketched import SketchExchange
+from gaf_ddp.exchange.stream import StreamLane
+from gaf_ddp.exchange.thread import Promise
 from gaf_ddp.runtime import device as devices
 
 

@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gaf_ddp import NeighborhoodAgreement, SequentialAgreement, Weighting, gram
+from gaf_ddp.exchange.gather import GatherExchange
 from gaf_ddp.exchange.point_to_point import PeerExchange
-from gaf_ddp.exchange.protocol import GatherExchange, ShardedExchange
+from gaf_ddp.exchange.sharded import ShardedExchange
 from gaf_ddp.rules.agreement import decide
 from tests import oracle
 from tests.gradients import random_gradients

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from gaf_ddp import GAFState, gaf_hook
+from gaf_ddp.exchange.gather import GatherExchange
 from gaf_ddp.exchange.pipeline import Pipeline
 from gaf_ddp.exchange.point_to_point import PeerExchange
-from gaf_ddp.exchange.protocol import GatherExchange, ShardedExchange
+from gaf_ddp.exchange.sharded import ShardedExchange
 from gaf_ddp.exchange.sketched import SketchExchange
 from tests.accelerator import take_accelerators_way
 from tests.nets import Probe, ddp, world

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gaf_ddp import GAFState, Mean, NeighborhoodAgreement, Weighting, gaf_hook, skip_on_disagreement
-from gaf_ddp import settings as of_the_package
+from gaf_ddp import alike as of_the_package
 from tests.marks import job_but
 from tests.nets import Probe, ddp
 

@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from gaf_ddp import GAFState, gaf_hook
 from gaf_ddp.exchange.groups import CAN_CLOSE
-from gaf_ddp.exchange.lanes import ThreadLane, open_lane
+from gaf_ddp.exchange.lanes import open_lane
+from gaf_ddp.exchange.thread import ThreadLane
 from tests.nets import Probe, ddp, world
 
 Ranks = Callable[..., list[Any]]

@@ -4,12 +4,17 @@ A ballot is the sketch `(k,)` of the rank's gradient in float32, and beside it n
 of each bucket, and what the rank was told and found (`Told`). It has 4 k + 8 (buckets + some 20) bytes.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+_FREE = 2**18  # bytes of ballots that a rank may receive in every step, however small its gradient is
+_MOST_STEPS = 8  # of a ballot: with so many, nothing was lost in any task that was tried
+_PART = 0.01  # of the gradient's bytes, which ballots may take
 
 
 @dataclass
@@ -71,3 +76,10 @@ def read(numbers: Tensor, buckets: int) -> Numbers:
     """Name the numbers `(W, …)` of ballots on so many buckets."""
     squares, told = numbers[:, :buckets], numbers[:, buckets:]
     return Numbers(squares, told[:, 0], told[:, 1:3], told[:, 3], told[:, 4:])
+
+
+def affordable(world_size: int, size: int, parameters: Sequence[Tensor]) -> int:
+    """Return how many steps go into a ballot, so that ballots are a hundredth of the gradient's bytes."""
+    ballots = 4 * world_size * size
+    gradient = sum(each.numel() * each.element_size() for each in parameters)
+    return 1 if ballots <= _FREE else min(_MOST_STEPS, max(1, math.ceil(ballots / (_PART * gradient))))

@@ -1,12 +1,14 @@
 """Counting ballots: behind the gather on accelerators, and from there to the host, which reads them a step later."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gaf_ddp.ballots.ballot import unpack
+from gaf_ddp.ballots.places import Key
+from gaf_ddp.checks.sums import SumCheck
 
 Tally = Callable[[Tensor], Tensor]  # from all ranks' sketches (W, k) to what the host needs of them
 
@@ -49,3 +51,23 @@ class Counting:
             copy.copy_(each, non_blocking=True)
         self._event = torch.Event(found[0].device)
         self._event.record(torch.get_device_module(found[0].device).current_stream(found[0].device))
+
+
+class Sent(NamedTuple):
+    """Ballots on their way, and what held in the steps that they are about.
+
+    Attributes:
+        step: the last one of these.
+        steps: how many.
+        keys: their buckets.
+        counted: bool `(W,)`, who counted in them.
+        check: of their averages, if those are checked.
+        counting: what the ballots make of it.
+    """
+
+    step: int
+    steps: int
+    keys: list[Key]
+    counted: Tensor
+    check: SumCheck | None
+    counting: Counting

@@ -9,16 +9,17 @@ No thread, no stream and no group of its own: what it sends, it sends in the hoo
 group that gradients are averaged over. The host waits for one thing, the ballots of the step before.
 """
 
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gaf_ddp.ballots.ballot import Numbers, Told, pack, read
-from gaf_ddp.ballots.count import Counting
+from gaf_ddp.alike import fingerprints, require_alike, shared
+from gaf_ddp.ballots.ballot import Numbers, Told, affordable, pack, read
+from gaf_ddp.ballots.count import Counting, Sent
+from gaf_ddp.ballots.limits import Limits, to_device
 from gaf_ddp.ballots.places import Key, Places
 from gaf_ddp.ballots.verdict import Verdict, draw, watch
 from gaf_ddp.ballots.voters import Voters
@@ -28,17 +29,11 @@ from gaf_ddp.kernels.fold import Spans, fold
 from gaf_ddp.kernels.gram import gram
 from gaf_ddp.kernels.scale import scale
 from gaf_ddp.monitor.records import Decision
-from gaf_ddp.rules.consensus import upper_median
 from gaf_ddp.runtime.collectives import all_gather_single
 from gaf_ddp.runtime.errors import named
-from gaf_ddp.settings import fingerprints, require_alike, shared
 
 if TYPE_CHECKING:
     from gaf_ddp.state import GAFState
-
-_FREE = 2**18  # bytes of ballots that a rank may receive in every step, however small its gradient is
-_MOST_STEPS = 8  # of a ballot: with so many, nothing was lost in any task that was tried
-_PART = 0.01  # of the gradient's bytes, which ballots may take
 
 
 class LateFilter:
@@ -63,10 +58,9 @@ class LateFilter:
         self.is_open = False  # between a step's first bucket and its last one
         self._equal_share = torch.tensor([self._unit / group.size(), 0.0], dtype=torch.float64).to(device)
         self._latest = -1  # the index of the last bucket
-        self._sent: _Sent | None = None
+        self._sent: Sent | None = None
         self._kept = torch.ones(group.size(), dtype=torch.bool)
-        self._longest: dict[Key, float] = {}  # norm of each bucket, and the same on the device
-        self._limits: dict[Key, Tensor] = {}
+        self._limits = Limits(group, device)
         self._every = state.judge_every or 1  # steps of a ballot
         self._mode: tuple[bool, bool] | None = None
         self._hash: Tensor | None = None  # of the parameters' bits, where they are compared
@@ -85,10 +79,9 @@ class LateFilter:
         self.end_if_open()
         self.draw()
         state = self._state
-        mode = state.watch, state.step < state.start_step
-        if mode != self._mode:  # else nothing has changed
-            self._mode = mode
-            self._by = self._on_device([self._divisor()])[0]
+        if self._mode != (state.watch, state.step < state.start_step):  # else nothing has changed
+            self._mode = state.watch, state.step < state.start_step
+            self._by = self._divisor()
         self.is_open = True
         if state.check_every is not None and state.step % state.check_every == 0:
             self._hash = hash_bits(self._places.parameters, self.device)
@@ -110,13 +103,12 @@ class LateFilter:
         sketch, square = fold(gradient, spans, self._state.sketch_size)
         self._sketch += sketch
         self._squares.setdefault(key, []).append(square)
-        if key not in self._limits:
-            self._limits[key] = self._exchange_norms(square)
+        limit = self._limits.of(key, square, self._state.max_norm_ratio)
         if self._state.watch or self.group.size() == 1:
             if self._unit == 1:
                 gradient.div_(self.group.size())  # as torch's `allreduce_hook`; what is not finite passes
             return self._equal_share.clone(), spans
-        return scale(gradient, square, self._by, self._limits[key]), spans
+        return scale(gradient, square, self._by, limit), spans
 
     def end(self) -> None:
         """End a step, and send the ballot if it is full."""
@@ -151,31 +143,29 @@ class LateFilter:
         self._off = None
         if sent.check is not None and not verdict.guarded:
             self._off = sent.check.off(numbers.squares.sum(1).sqrt()[sent.counted].tolist())
-        self._kept, longest = verdict.kept, verdict.limits.tolist()
-        self._longest |= zip(sent.keys, longest, strict=True)
-        self._by, *limits = self._on_device([self._divisor(), *longest])
-        self._limits |= zip(sent.keys, limits, strict=True)
+        self._kept = verdict.kept
+        self._by = self._divisor()
+        self._limits.set(sent.keys, verdict.limits)
         decision = Decision(verdict.agreement, self._places.parameters)
         self._state._records.add_read(sent.step, decision, self._state.max_consecutive_skips)
 
-    def _verdict(self, sent: "_Sent", products: Tensor, numbers: Numbers) -> Verdict:
+    def _verdict(self, sent: Sent, products: Tensor, numbers: Numbers) -> Verdict:
         state = self._state
         if state._judge is None:
             return watch(state._weighting_now(), products, numbers, state.max_norm_ratio)
-        limits = torch.tensor([self._longest.get(key, math.inf) for key in sent.keys], dtype=torch.float64)
-        return draw(
-            state._judge, products, numbers, self._voters, sent.steps, state.max_norm_ratio, limits, sent.counted
-        )
+        held = sent.steps, state.max_norm_ratio, self._limits.known(sent.keys), sent.counted
+        return draw(state._judge, products, numbers, self._voters, *held)
 
     def _counted(self) -> Tensor:
         """Return who counts in this step, bool `(W,)`."""
         everyone = self._state.watch or self._state.step < self._state.start_step
         return torch.ones_like(self._kept) if everyone else self._kept
 
-    def _divisor(self) -> float:
-        """Return how many ranks count in this step, or which part of W; 0 where this one does not."""
+    def _divisor(self) -> Tensor:
+        """Return `()` on the device, how many ranks count now, or which part of W; 0 where this one does not."""
         counted = self._counted()
-        return float(counted.sum()) / self._unit if counted[self.group.rank()] else 0.0
+        number = float(counted.sum()) / self._unit if counted[self.group.rank()] else 0.0
+        return to_device(torch.tensor(number, dtype=torch.float64), self.device)
 
     def recall(self) -> None:
         """Begin with what the judge remembers, which has been loaded; everybody counts if that is nothing."""
@@ -183,22 +173,6 @@ class LateFilter:
         if kept is not None and len(kept) == self._voters.count:
             self._kept = self._voters.spread(kept)
             self._mode = None
-
-    def _on_device(self, numbers: list[float]) -> tuple[Tensor, ...]:
-        """Return numbers as tensors `()` float64 on the device, which the host does not wait for."""
-        held = torch.tensor(numbers, dtype=torch.float64)
-        if self.device.type != "cpu":
-            held = held.pin_memory().to(self.device, non_blocking=True)
-        return held.unbind()
-
-    def _exchange_norms(self, square: Tensor) -> Tensor:
-        """Return the limit of a bucket that no verdict knows, by all ranks' norms of it now."""
-        everyone = square.new_empty(self.group.size())
-        all_gather_single(everyone, square.view(1), group=self.group)
-        ratio = self._state.max_norm_ratio
-        return (math.inf if ratio is None else ratio) * upper_median(
-            everyone.sqrt(), everyone.isfinite() & (everyone > 0)
-        )
 
     def _begin_ballot(self) -> None:
         self._sketch = torch.zeros(self._state.sketch_size, dtype=torch.float32, device=self.device)
@@ -222,24 +196,7 @@ class LateFilter:
             return gram(voting) if state._judge is None else state._judge.tally(voting, steps)
 
         counting = Counting(work, rows, state.sketch_size, tally)
-        self._sent = _Sent(state.step, steps, list(self._squares), counted, check, counting)
+        self._sent = Sent(state.step, steps, list(self._squares), counted, check, counting)
         if state.judge_every is None:
-            self._every = self._affordable()
+            self._every = affordable(self.group.size(), state.sketch_size, self._places.parameters)
         self._begin_ballot()
-
-    def _affordable(self) -> int:
-        """Return how many steps a ballot takes so that ballots are a hundredth of the gradient's bytes."""
-        ballots = 4 * self.group.size() * self._state.sketch_size
-        gradient = sum(each.numel() * each.element_size() for each in self._places.parameters)
-        return 1 if ballots <= _FREE else min(_MOST_STEPS, max(1, math.ceil(ballots / (_PART * gradient))))
-
-
-class _Sent(NamedTuple):
-    """Ballots on their way: the last step that they are about and how many, and what held in these."""
-
-    step: int
-    steps: int
-    keys: list[Key]
-    counted: Tensor
-    check: SumCheck | None
-    counting: Counting

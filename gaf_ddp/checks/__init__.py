@@ -1,1 +1,1 @@
-"""Do all ranks compute and hold the same?"""
+"""Whether all ranks compute, hold and add up the same."""

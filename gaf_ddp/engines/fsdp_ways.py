@@ -7,17 +7,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gaf_ddp.alike import Fingerprints, as_text, shared
 from gaf_ddp.ballots.late import LateFilter
 from gaf_ddp.connect import meet
 from gaf_ddp.engines.fsdp_units import Unit, current_backward
+from gaf_ddp.exchange.gather import GatherExchange
 from gaf_ddp.exchange.lanes import at_end_of_backward
-from gaf_ddp.exchange.protocol import Exchange, GatherExchange, ShardedExchange
+from gaf_ddp.exchange.protocol import Exchange
+from gaf_ddp.exchange.sharded import ShardedExchange
 from gaf_ddp.exchange.sketched import SketchExchange
 from gaf_ddp.kernels.gram import Rows, gram
 from gaf_ddp.monitor.records import Decision
 from gaf_ddp.rules.agreement import decide
 from gaf_ddp.runtime.errors import named
-from gaf_ddp.settings import Fingerprints, as_text, require, shared
+from gaf_ddp.settings import require
 
 if TYPE_CHECKING:
     from gaf_ddp.state import GAFState

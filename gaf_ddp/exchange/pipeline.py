@@ -8,14 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gaf_ddp.alike import Fingerprints, as_text, shared
 from gaf_ddp.checks.replicas import ReplicaCheck
-from gaf_ddp.exchange.lanes import Promise, open_lane
+from gaf_ddp.exchange.lanes import open_lane
 from gaf_ddp.exchange.protocol import Exchange
+from gaf_ddp.exchange.thread import Promise
 from gaf_ddp.kernels.gram import Rows, gram
 from gaf_ddp.monitor.records import Decision
 from gaf_ddp.rules.agreement import decide
 from gaf_ddp.runtime.errors import named
-from gaf_ddp.settings import Fingerprints, as_text, shared
 
 if TYPE_CHECKING:
     from gaf_ddp.state import GAFState

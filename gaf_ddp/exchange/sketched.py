@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gaf_ddp.exchange.point_to_point import SKETCH, sum_small, swap
-from gaf_ddp.exchange.protocol import ShardedExchange
+from gaf_ddp.exchange.sharded import ShardedExchange
 from gaf_ddp.kernels.fold import fold, whole
 from gaf_ddp.kernels.gram import Rows, combine
 from gaf_ddp.runtime.collectives import all_gather_single, all_reduce_gramian

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from gaf_ddp.alike import require_one
 from gaf_ddp.monitor.reading import Reading
 from gaf_ddp.monitor.statistics import Statistics
 from gaf_ddp.rules.agreement import Agreement, unsound
 from gaf_ddp.runtime.device import on_host
-from gaf_ddp.settings import require_one
 
 
 class Decision(NamedTuple):

@@ -1,0 +1,55 @@
+"""How long a bucket's gradient may be: so many upper median norms of the ranks that count."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gaf_ddp.ballots.places import Key
+from gaf_ddp.rules.consensus import upper_median
+from gaf_ddp.runtime.collectives import all_gather_single
+
+
+class Limits:
+    """The longest norm of each bucket, on the host by the last verdict, and on the device for the kernels.
+
+    Args:
+        group: the W ranks.
+        device: of the gradients.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self._group, self._device = group, device
+        self._on_host: dict[Key, float] = {}
+        self._on_device: dict[Key, Tensor] = {}
+
+    def of(self, key: Key, square: Tensor, ratio: float | None) -> Tensor:
+        """Return a bucket's limit `()` float64; of one that no verdict knows by all ranks' norms of it now.
+
+        Args:
+            key: of the bucket.
+            square: `()` float64, this rank's squared norm of it.
+            ratio: upper medians; None for no limit.
+        """
+        if key not in self._on_device:
+            everyone = square.new_empty(self._group.size())
+            all_gather_single(everyone, square.view(1), group=self._group)
+            median = upper_median(everyone.sqrt(), everyone.isfinite() & (everyone > 0))
+            self._on_device[key] = (math.inf if ratio is None else ratio) * median
+        return self._on_device[key]
+
+    def known(self, keys: Sequence[Key]) -> Tensor:
+        """Return the limits `(buckets,)` on the host; inf where no verdict said any."""
+        return torch.tensor([self._on_host.get(key, math.inf) for key in keys], dtype=torch.float64)
+
+    def set(self, keys: Sequence[Key], longest: Tensor) -> None:
+        """Take over a verdict's limits `(buckets,)`, which are on the host; nobody waits for the device."""
+        self._on_host |= zip(keys, longest.tolist(), strict=True)
+        self._on_device |= zip(keys, to_device(longest, self._device).unbind(), strict=True)
+
+
+def to_device(numbers: Tensor, device: torch.device) -> Tensor:
+    """Return numbers that are on the host on the device, without waiting for it."""
+    return numbers if device.type == "cpu" else numbers.pin_memory().to(device, non_blocking=True)
