@@ -175,7 +175,7 @@ class GAFState:
         `summary()` does.
         """
         self._catch_up()
-        return self._records.statistics.report(self.step)
+        return self._records.statistics.report(self.step, self.max_norm_ratio)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what training needs to go on, at a host sync: step, statistics, the consensus rule's memory.

@@ -1,1 +1,1 @@
-"""Do all ranks compute and hold the same?"""
+"""Checks that all ranks compute and hold the same."""

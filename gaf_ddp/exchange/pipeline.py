@@ -123,6 +123,14 @@ class Pipeline:
             self.lane.run(self._close)
         self.lane.wait()
 
+    def draw(self) -> None:
+        """Wait for a comparison of parameters that is on its way; no collective.
+
+        Raises:
+            RuntimeError: on every rank: they differ.
+        """
+        self._replicas.finish()
+
     def _close(self) -> None:
         """Decide on what waits for a bucket that never came, and end the step."""
         if self._waiting:

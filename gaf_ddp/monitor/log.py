@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 
 from gaf_ddp.monitor.sinks import FORMAT, KEY, writing
-from gaf_ddp.monitor.totals import Sums, between, summary
+from gaf_ddp.monitor.totals import Sums, between, kept_shares, summary
 from gaf_ddp.rules.agreement import Agreement
 from gaf_ddp.settings import require
 from gaf_ddp.state import GAFState
 
-SHARES = ("kept", "nonfinite", "overlong", "zero")  # of a record's decisions
+SHARES = ("nonfinite", "overlong", "zero")  # of a record's decisions
 _OF_REPORT = ("host", "trend", "first_out", "out_since", "longest_out")  # what GAFState.report() alone knows
 
 
@@ -76,7 +76,7 @@ class AgreementLog:
             self._written = step - 1
         self._seen = step
         if self._before is None:
-            self._before = self._sums() if step > 1 else {"kept": []}
+            self._before = self._sums() if step > 1 else {"kept": [], "decisions": []}
         if step // self.every != self._written // self.every:
             self._written = step
             record = self._record(step)
@@ -109,6 +109,7 @@ class AgreementLog:
             "step": step,
             "decisions": int(sums["decisions"][0]),
             "ratio": self.state._ratio,
+            "max_norm_ratio": self.state.max_norm_ratio,
             **{name: _plain(value) for name, value in summary(sums).items() if "rank" not in name},
             "ranks": self._ranks(sums, now),
             "cosine": now["cosine"] if self._cosine_written == step else None,
@@ -117,7 +118,8 @@ class AgreementLog:
     def _ranks(self, sums: dict[str, list[float]], now: dict[str, list[Any]]) -> list[dict[str, Any]]:
         """Return of each rank: shares of the decisions in which it was what their names say, z now, and so on."""
         (decisions,) = sums["decisions"]
-        columns = {name: [_plain(count / decisions) for count in sums[name]] for name in SHARES}
+        columns = {"kept": [_plain(share) for share in kept_shares(sums)]}  # None of a rank that has finished
+        columns |= {name: [_plain(count / decisions) for count in sums[name]] for name in SHARES}
         columns["flipped"], columns["distance"] = now["flipped"], now["distance"]
         reported = self.state.report().as_dict()["ranks"]
         columns |= {name: [rank[name] for rank in reported] for name in _OF_REPORT}
