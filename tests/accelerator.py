@@ -5,11 +5,11 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from gaf_ddp import device as devices
-from gaf_ddp import pipeline
+from gaf_ddp.exchange import pipeline
 from gaf_ddp.exchange.lanes import Promise, StreamLane
 from gaf_ddp.exchange.protocol import GatherExchange, ShardedExchange
 from gaf_ddp.exchange.sketched import SketchExchange
+from gaf_ddp.runtime import device as devices
 
 
 class NoStream(StreamLane):

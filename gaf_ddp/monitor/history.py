@@ -56,11 +56,11 @@ class History:
         ranks, shares = [], kept_shares(totals) if decisions else []
         for rank, share in enumerate(shares):
             each = {name: numbers[name][rank] for name in _BY_RANK}
-            counts = {name: int(totals[name][rank]) for name in _COUNTS}
-            first, since = (None if each[name] < 0 else int(each[name]) for name in _OUT[:2])
-            absence = {"first_out": first, "out_since": since, "longest_out": int(each["longest_out"])}
-            kept, line = None if math.isnan(share) else share, _line(each)
-            ranks.append(RankStanding(rank, hosts[rank], kept, *line, **counts, **absence))  # type: ignore[arg-type]
+            found: dict[str, Any] = {name: int(totals[name][rank]) for name in _COUNTS}
+            found |= {name: None if each[name] < 0 else int(each[name]) for name in _OUT[:2]}
+            found |= {"kept": None if math.isnan(share) else share, "longest_out": int(each["longest_out"])}
+            found |= zip(("distance", "trend"), _line(each), strict=True)
+            ranks.append(RankStanding(rank, hosts[rank], **found))
         return Report(step, int(decisions), ranks, max_norm_ratio)
 
     def read(self) -> Sums:

@@ -49,7 +49,7 @@ class RankStanding:
     def line(self, max_norm_ratio: float | None) -> str:
         """Return one line, with the limit of a norm in medians if it is known."""
         line = f"rank {self.rank}{f' on {self.host}' if self.host else ''}: "
-        line += "finished" if self.kept is None else f"kept {100 * self.kept:.0f} %"
+        line += "finished from the start" if self.kept is None else f"kept {100 * self.kept:.0f} %"
         if self.distance is not None:
             line += f", z {self.distance:.1f}"
         if self.trend is not None:
@@ -59,9 +59,9 @@ class RankStanding:
             over_medians(max_norm_ratio): self.overlong,
             "zero": self.zero,
             "turned away": self.flipped,
-            "finished": self.finished,
+            "finished": 0 if self.kept is None else self.finished,
         }
-        line += "".join(f", {name} {count} times" for name, count in counts.items() if count)
+        line += "".join(f", {name} {count} time{'s' * (count > 1)}" for name, count in counts.items() if count)
         return line if self.out_since is None else f"{line}, out since step {self.out_since}"
 
 
@@ -91,7 +91,7 @@ class Report:
         out = self.out_for(10)
         kept = {each.rank: 1.0 if each.kept is None else each.kept for each in self.ranks}
         matter = [each for each in self.ranks if each in out or kept[each.rank] < 0.9 or each.nonfinite]
-        first = f"step {self.step}, {self.decisions} decisions, {len(self.ranks)} ranks"
+        first = f"step {self.step}, {self.decisions} decision{'s' * (self.decisions != 1)}, {len(self.ranks)} ranks"
         if not matter:
             return f"{first}: all are kept" if self.decisions else first
         return "\n".join([f"{first}:", *(f"  {self.line(e)}" for e in sorted(matter, key=lambda e: kept[e.rank]))])

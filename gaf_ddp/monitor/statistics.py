@@ -40,11 +40,11 @@ class Statistics:
             self._looked = step + 1
             self._alarms.warn_of_ranks(self.report(step + 1))
 
-    def summary(self, step: int, reset: bool) -> dict[str, float]:
-        """Return what `GAFState.summary` promises, after so many steps."""
+    def summary(self, step: int, reset: bool, max_norm_ratio: float | None = None) -> dict[str, float]:
+        """Return what `GAFState.summary` promises, after so many steps; the ratio is for the words of warnings."""
         now = self._totals.read()
         found = summary(between(self._reset, now))
-        report = self.report(step)
+        report = self.report(step, max_norm_ratio)
         if self.speaks:
             self._alarms.warn_of_skips(found)
             self._alarms.warn_of_ranks(report)

@@ -1,45 +1,92 @@
-"""AgreementMeter: running statistics that wait for the device only when read."""
+"""Sums over all decisions: against a reading one by one, as differences between two readings, saved and loaded."""
 
+import json
 import math
-import weakref
-from dataclasses import replace
+import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from gaf_ddp.monitor.summary import AgreementMeter
-from torch import Tensor
 
-from gaf_ddp import Agreement, Mean, NeighborhoodAgreement
-from gaf_ddp import device as devices
-from gaf_ddp.rules.agreement import decide
-from tests.syncs import HostSyncs
-
-Decision = tuple[Agreement, Tensor]
+from gaf_ddp import Agreement
+from gaf_ddp.monitor.statistics import Statistics
+from gaf_ddp.monitor.totals import Totals, between, summary
+from tests.monitor.decisions import decided, made, random_steps, some_decisions
 
 
-def decided(inner: Tensor, tau: float = 0.5, ratio: float | None = None) -> Decision:
-    """Return a decision with the numbers of ranks whose settings are the same."""
-    return decide(inner, NeighborhoodAgreement(tau), ratio), torch.full((len(inner),), 7.0, dtype=torch.float64)
+def summed(*decisions: Agreement) -> dict[str, float]:
+    totals = Totals()
+    for each in decisions:
+        totals.add([each])
+    return summary(totals.read())
 
 
-def some_decisions() -> list[Decision]:
-    """Return three decisions of four ranks: all kept, one left out of each kind, nothing agreed."""
-    spoilt = torch.ones(4, 4)
-    spoilt[0, 0], spoilt[1, 1], spoilt[2, 2] = math.nan, 0.0, 1.0
-    apart = torch.tensor([[1.0, -0.5, 0, 0], [-0.5, 1, 0, 0], [0, 0, 1e6, 0], [0, 0, 0, 0]])
-    return [decided(inner, ratio=10.0) for inner in (torch.ones(4, 4), spoilt, apart)]
+def told_one_by_one(decisions: list[Agreement]) -> dict[str, float]:
+    """Return what a summary must say, from a reading one by one in plain numbers."""
+    size, number = len(decisions[0].kept), len(decisions)
+    rows = [
+        {name: getattr(each, name).tolist() for name in ("kept", "voters", "nonfinite", "overlong", "cosine", "agreed")}
+        | {"finished": [False] * size if each.finished is None else each.finished.tolist()}
+        | {"distance": [math.nan] * size if each.distance is None else each.distance.tolist()}
+        for each in decisions
+    ]
+    cosines = []
+    for row in rows:
+        pairs = [(i, j) for i in range(size) for j in range(size) if i != j and row["voters"][i] and row["voters"][j]]
+        if pairs:
+            cosines.append(sum(row["cosine"][i][j] for i, j in pairs) / len(pairs))
+
+    def share(name: str) -> float:
+        return sum(sum(row[name]) for row in rows) / (size * number)
+
+    flags = ("voters", "nonfinite", "overlong", "finished")
+    found = {
+        "gaf/kept_fraction": sum(sum(row["kept"]) for row in rows)
+        / (size * number - sum(sum(row["finished"]) for row in rows)),
+        "gaf/skipped_fraction": sum(not row["agreed"] for row in rows) / number,
+        "gaf/mean_cosine": sum(cosines) / len(cosines) if cosines else math.nan,
+        "gaf/nonfinite_fraction": share("nonfinite"),
+        "gaf/overlong_fraction": share("overlong"),
+        "gaf/zero_fraction": sum(not any(row[name][rank] for name in flags) for row in rows for rank in range(size))
+        / (size * number),
+    }
+    for rank in range(size):
+        present = [row for row in rows if not row["finished"][rank]]
+        z = [min(row["distance"][rank], 100.0) for row in rows if not math.isnan(row["distance"][rank])]
+        kept = sum(row["kept"][rank] for row in present)
+        found[f"gaf/kept_rank_{rank:02d}"] = kept / len(present) if present else math.nan
+        found[f"gaf/distance_rank_{rank:02d}"] = sum(z) / len(z) if z else math.nan
+    if all(math.isnan(z) for row in rows for z in row["distance"]):
+        return {name: value for name, value in found.items() if "distance" not in name}
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5, 40])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_equal_a_reading_one_by_one_between_any_two_moments(world_size: int, seed: int) -> None:
+    totals, dice = Totals(), random.Random(seed)
+    seen: list[Agreement] = []
+    moments = [(0, totals.read())]
+    for decisions in random_steps(world_size, 60, seed).values():
+        totals.add(decisions)
+        seen += decisions
+        if dice.random() < 0.2:
+            moments.append((len(seen), totals.read()))
+            totals.load(json.loads(json.dumps(totals.read())))  # as a job that goes on
+    moments.append((len(seen), totals.read()))
+    for i, (begin, before) in enumerate(moments):
+        for end, after in moments[i + 1 :]:
+            expected = told_one_by_one(seen[begin:end]) if end > begin else {}
+            assert summary(between(before, after)) == pytest.approx(expected, nan_ok=True, abs=1e-9)
 
 
 class TestSummary:
     def test_is_empty_before_any_decision(self) -> None:
-        assert AgreementMeter().summary() == {}
+        assert summed() == {}
 
     def test_averages_the_decisions(self) -> None:
-        meter = AgreementMeter()
-        for decision in some_decisions():
-            meter.record([decision])
-        assert meter.summary() == pytest.approx(
+        assert summed(*some_decisions()) == pytest.approx(
             {
                 "gaf/kept_fraction": (4 + 2 + 0) / 12,
                 "gaf/skipped_fraction": 1 / 3,
@@ -55,120 +102,81 @@ class TestSummary:
         )
 
     def test_leaves_decisions_without_pairs_out_of_the_mean_cosine(self) -> None:
-        meter = AgreementMeter()
-        meter.record([decided(torch.diag(torch.tensor([1.0, 0.0])))])
-        assert math.isnan(meter.summary()["gaf/mean_cosine"])
-        meter.record([decided(torch.tensor([[1.0, 0.25], [0.25, 1.0]]))])
-        assert meter.summary()["gaf/mean_cosine"] == 0.25
+        alone, pair = decided(torch.diag(torch.tensor([1.0, 0.0]))), decided(torch.tensor([[1.0, 0.25], [0.25, 1.0]]))
+        assert math.isnan(summed(alone)["gaf/mean_cosine"])
+        assert summed(alone, pair)["gaf/mean_cosine"] == 0.25
 
     def test_has_distances_where_a_rule_knows_them(self) -> None:
-        meter, (agreement, numbers) = AgreementMeter(), decided(torch.eye(3))
-        meter.record([(agreement, numbers)])
-        assert not any("distance" in name for name in meter.summary())
-        for z in ([1.0, 1e20, math.nan], [2.0, 4.0, math.nan]):  # the farthest counts as 100
-            meter.record([(replace(agreement, distance=torch.tensor(z, dtype=torch.float64)), numbers)])
-        summary = meter.summary()
-        distances = [summary[f"gaf/distance_rank_{rank:02d}"] for rank in range(3)]
+        plain = decided(torch.eye(3))
+        assert not any("distance" in name for name in summed(plain))
+        far = [made([True] * 3, z) for z in ([1.0, 1e20, math.nan], [2.0, 4.0, math.nan])]  # the farthest counts as 100
+        found = summed(plain, *far)
+        distances = [found[f"gaf/distance_rank_{rank:02d}"] for rank in range(3)]
         assert distances == pytest.approx([1.5, 52.0, math.nan], nan_ok=True)
-        meter.reset()
-        assert meter.summary() == {}
 
-    def test_is_the_same_however_decisions_come_and_whenever_it_is_read(self) -> None:
-        decisions = [some_decisions()[i % 3] for i in range(200)]
-        at_once, one_by_one, read_often = AgreementMeter(), AgreementMeter(), AgreementMeter()
-        at_once.record(decisions)
-        for i, decision in enumerate(decisions):
-            one_by_one.record([decision])
-            read_often.record([decision])
-            if i % 7 == 0:
-                read_often.summary()
-        expected = at_once.summary()
-        assert expected["gaf/kept_fraction"] == pytest.approx((4 * 67 + 2 * 67) / 800)
-        for meter in (at_once, one_by_one, read_often):
-            assert meter.summary() == pytest.approx(expected)
+    def test_counts_who_has_finished_neither_as_zero_nor_as_left_out(self) -> None:
+        both, one = made([True, True], finished=[False, False]), made([True, False], finished=[False, True])
+        found = summed(both, one, one)
+        assert (found["gaf/kept_fraction"], found["gaf/kept_rank_01"], found["gaf/zero_fraction"]) == (1, 1, 0)
+        found = summed(one)
+        assert found["gaf/kept_fraction"] == 1
+        assert math.isnan(found["gaf/kept_rank_01"])
 
-    def test_starts_anew_after_reset_and_for_another_world_size(self) -> None:
-        meter = AgreementMeter()
-        meter.record([decided(torch.eye(4))])
-        meter.reset()
-        assert meter.summary() == {}
-        meter.record([decided(torch.eye(4))])
-        meter.record([decided(torch.ones(3, 3))])
-        assert meter.summary()["gaf/skipped_fraction"] == 0
-        assert "gaf/kept_rank_03" not in meter.summary()
+    def test_starts_anew_for_another_world_size(self) -> None:
+        found = summed(decided(torch.eye(4)), decided(torch.ones(3, 3)))
+        assert found["gaf/skipped_fraction"] == 0
+        assert "gaf/kept_rank_03" not in found
 
 
-@pytest.mark.parametrize("count", [1, 200])
-def test_waits_once_in_summary_and_never_in_record(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "_HOST", "no device")
-    meter, decisions = AgreementMeter(), some_decisions()
-    with HostSyncs() as syncs:
-        for i in range(count):
-            meter.record([decisions[i % 3]])
-    assert syncs.calls == []
-    for read in (meter.summary, meter.state_dict, meter.require_sound):
-        with HostSyncs() as syncs:
-            read()
-        assert len(syncs.calls) == 1
+class TestStatistics:
+    """The sums as a state has them: since the last reset, without what decided nothing."""
+
+    def test_are_means_since_the_last_reset_whoever_else_reads(self) -> None:
+        statistics, decisions = Statistics(), some_decisions()
+        for step, each in enumerate(decisions):
+            statistics.record(step, [each], None)
+            statistics.sums()
+            statistics.report(step + 1)
+        assert statistics.summary(3, reset=False)["gaf/kept_fraction"] == pytest.approx(0.5)
+        assert statistics.summary(3, reset=True)["gaf/kept_fraction"] == pytest.approx(0.5)
+        assert statistics.summary(3, reset=True) == {}
+        statistics.record(3, decisions[:1], None)
+        assert statistics.summary(4, reset=True)["gaf/kept_fraction"] == 1
+
+    def test_leave_out_a_bucket_that_is_zero_everywhere(self) -> None:
+        statistics, nothing = Statistics(), decided(torch.zeros(3, 3))
+        statistics.record(0, [nothing], 0)  # nor is it a step on which nothing agreed
+        assert statistics.summary(1, reset=True) == {}
+        statistics.record(1, [nothing, decided(torch.ones(3, 3)), nothing], 0)
+        found = statistics.summary(2, reset=True)
+        assert (found["gaf/kept_fraction"], found["gaf/zero_fraction"]) == (1, 0)
+        assert [rank.out_since for rank in statistics.report(2).ranks] == [None] * 3
+
+    def test_of_other_ranks_begin_anew_also_after_they_were_reset(self) -> None:
+        statistics, (fine, *_) = Statistics(), some_decisions()
+        for step in range(9):
+            statistics.record(step, [fine], None)
+        statistics.summary(9, reset=True)
+        statistics.record(9, [decided(torch.eye(3))], None)  # a job goes on with three ranks, and then with four
+        statistics.record(10, [fine], None)
+        assert statistics.summary(11, reset=True)["gaf/kept_fraction"] == 1
 
 
-@pytest.mark.parametrize(("world_size", "most"), [(4, 63), (32, 15), (200, 0)])
-def test_holds_few_decisions_and_of_many_ranks_fewer(world_size: int, most: int) -> None:
-    meter, recorded = AgreementMeter(), []
-    for _ in range(150):
-        agreement, numbers = decided(torch.eye(world_size))
-        recorded.append(weakref.ref(agreement))
-        meter.record([(agreement, numbers)])
-        del agreement
-        assert sum(reference() is not None for reference in recorded) <= most
-    assert meter.summary()["gaf/skipped_fraction"] == 1
-
-
-class TestRequireSound:
-    """What accelerators cannot tell at once."""
-
-    def test_tells_whose_settings_differ(self) -> None:
-        meter = AgreementMeter()
-        meter.record(some_decisions())
-        meter.require_sound()
-        agreement, numbers = some_decisions()[0]
-        meter.record([(agreement, torch.tensor([7.0, 8.0, 7.0, 7.0])), (agreement, numbers)])
-        for call in (meter.require_sound, meter.summary):
-            with pytest.raises(ValueError, match=r"settings must be the same on .* others than rank 0's on \[1\]"):
-                call()
-
-    @pytest.mark.parametrize("weight", [math.nan, math.inf, -0.5])
-    def test_tells_of_weights_that_are_none(self, weight: float, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(devices, "_HOST", "no device")
-        meter, numbers = AgreementMeter(), torch.zeros(4)
-        bad = decide(torch.eye(4), lambda inner: torch.full_like(inner[0], weight), None)
-        meter.record([(bad, numbers), (decide(torch.eye(4), Mean(), None), numbers)])
-        for call in (meter.require_sound, meter.summary):
-            with pytest.raises(ValueError, match="weighting must return finite weights >= 0, found others in 1 dec"):
-                call()
-
-    def test_does_not_blame_the_weighting_where_nobody_votes(self) -> None:
-        meter = AgreementMeter()
-        meter.record([decided(torch.full((2, 2), math.nan))])
-        assert meter.summary()["gaf/nonfinite_fraction"] == 1
-
-
-class TestStateDict:
-    def test_goes_on_from_it(self) -> None:
-        one, other, whole = AgreementMeter(), AgreementMeter(), AgreementMeter()
+class TestLoad:
+    def test_goes_on_from_what_was_read(self) -> None:
+        one, other = Totals(), Totals()
         first, *rest = some_decisions()
-        one.record([first])
-        other.load_state_dict(one.state_dict())
-        other.record(rest)
-        whole.record([first, *rest])
-        assert other.summary() == whole.summary()
-        assert one.summary()["gaf/kept_fraction"] == 1  # not touched by the copy that went on
+        one.add([first])
+        other.load(one.read())
+        other.add(rest)
+        assert summary(other.read()) == summed(first, *rest)
+        assert summary(one.read())["gaf/kept_fraction"] == 1  # not touched by the copy that went on
 
-    def test_has_the_same_keys_always_and_plain_numbers(self) -> None:
-        meter = AgreementMeter()
-        empty = meter.state_dict()
-        meter.record(some_decisions())
-        full = meter.state_dict()
+    def test_what_is_read_has_the_same_keys_always_and_plain_numbers(self) -> None:
+        totals = Totals()
+        empty = totals.read()
+        totals.add(some_decisions())
+        full = totals.read()
         assert empty.keys() == full.keys()
         assert set(map(len, empty.values())) == {0}
         assert set(map(len, full.values())) == {1, 4}
@@ -187,14 +195,15 @@ class TestStateDict:
             lambda state: {**state, "kept": None},
             lambda state: {**state, "kept": ["1"] * 4},
             lambda state: {**state, "kept": [True] * 4},
+            lambda state: {**state, "kept": [math.nan] * 4},
             lambda state: {**state, "skipped": [None]},
             lambda state: {name: [] if len(numbers) == 1 else numbers for name, numbers in state.items()},
         ],
     )
-    def test_anything_else_is_refused_and_changes_nothing(self, change: Any) -> None:
-        meter = AgreementMeter()
-        meter.record(some_decisions())
-        before = meter.summary()
-        with pytest.raises(ValueError, match=r"meter must hold lists of numbers as state_dict\(\) returns them"):
-            meter.load_state_dict(change(meter.state_dict()))
-        assert meter.summary() == before
+    def test_anything_else_is_refused_and_changes_nothing(self, change: Callable[[Any], Any]) -> None:
+        totals = Totals()
+        totals.add(some_decisions())
+        before = totals.read()
+        with pytest.raises(ValueError, match=r"totals must hold lists of finite numbers as state_dict\(\) returns"):
+            totals.load(change(before))
+        assert totals.read() == before
