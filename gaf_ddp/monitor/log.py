@@ -62,7 +62,8 @@ class AgreementLog:
         require(rank is None or (type(rank) is int and rank >= 0), "rank must be an integer >= 0 or None", rank)
         self.state, self.every, self.cosine_every, self.rank = state, every, cosine_every, rank
         self._writers = [writing(target) for target in targets]
-        self._before: Sums | None = None  # the state's sums at the last record
+        self._before = self._sums()  # the state's, at the last record
+        self._began = state._records.statistics.began  # whose sums these are: a checkpoint may be loaded
         self._seen: int | None = None  # the last step that was counted
         self._written = 0
         self._cosine_written: int | None = None
@@ -75,8 +76,6 @@ class AgreementLog:
         if self._seen is None:  # a checkpoint may have been loaded since the log was made
             self._written = step - 1
         self._seen = step
-        if self._before is None:
-            self._before = self._sums() if step > 1 else {"kept": [], "decisions": []}
         if step // self.every != self._written // self.every:
             self._written = step
             record = self._record(step)
@@ -96,7 +95,10 @@ class AgreementLog:
     def _record(self, step: int) -> dict[str, Any] | None:
         """Return what the steps since the last record say, as JSON can hold it; None if they decided nothing."""
         agreement, everything = self.state.agreement, self._sums()
-        sums = between(self._before or everything, everything)
+        began = self.state._records.statistics.began
+        if began is not self._began:
+            self._before = self._began = began
+        sums = between(self._before, everything)
         if agreement is None or not sum(sums["decisions"]):
             return None
         self._before = everything

@@ -191,7 +191,3 @@ def _draw(records: Sequence[Record], path: Path) -> None:
         raise LogError(f"--out needs matplotlib: pip install 'gaf-ddp[report]' ({error})") from error
     draw(records, path)
     print(path)
-
-
-if __name__ == "__main__":
-    main()

@@ -20,7 +20,7 @@ class Statistics:
         self.hosts: list[str] = []  # of the ranks, once they have met
         self.speaks = True  # whether this rank warns for all, which know the same
         self._totals, self._history, self._alarms = Totals(), History(), Alarms()
-        self._reset: Sums = self._totals.read()  # what the sums were at the last reset
+        self.began = self._reset = self._totals.read()  # the sums when this process began, and at the last reset
         self._looked = 0  # at who has been out for long, after so many steps
 
     def record(self, step: int, decisions: Sequence[Agreement], limit: int | None) -> None:
@@ -72,4 +72,5 @@ class Statistics:
         totals.load(state["totals"])
         reset.load(state["reset"])
         history.load(state["history"])
-        self._totals, self._history, self._reset = totals, history, reset.read()
+        self._totals, self._history = totals, history
+        self.began, self._reset = totals.read(), reset.read()

@@ -1,0 +1,307 @@
+"""Averages compared with what ranks voted with: faults are told on every rank, and sound sums never are."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+import gaf_ddp.ballots.late as late
+from gaf_ddp import GAFState, gaf_hook
+from gaf_ddp.checks.sums import GUARDED, SumCheck, require_sums
+from gaf_ddp.kernels.fold import fold, whole
+from tests.checks.test_replicas import error_of
+from tests.marks import job_but
+from tests.nets import Probe, batches, ddp, mlp
+
+Ranks = Callable[..., list[Any]]
+BUCKETS = {"bucket_cap_mb": 0.002}
+K = 256
+
+
+@contextmanager
+def faulty_sums(spoil: Callable[[Tensor, Callable[[], Any]], Any]) -> Iterator[None]:
+    """Let `dist.all_reduce`, as the hook calls it, go through spoil: the tensor and what adds it up."""
+    real = dist.all_reduce
+
+    def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return spoil(tensor, lambda: real(tensor, *args, **kwargs))
+
+    dist.all_reduce = all_reduce
+    try:
+        yield
+    finally:
+        dist.all_reduce = real
+
+
+def noise(tensor: Tensor, add_up: Callable[[], Any], amount: float) -> Any:
+    """Add noise to the sum of gradients on rank 1."""
+    work = add_up()
+    if dist.get_rank() == 1 and len(tensor) > 2:
+        work.wait()
+        length = torch.linalg.vector_norm(tensor.float())
+        tensor.add_((amount * length / math.sqrt(len(tensor)) * torch.randn(len(tensor))).to(tensor.dtype))
+    return work
+
+
+def drop(tensor: Tensor, add_up: Callable[[], Any], shares_too: bool) -> Any:
+    """Leave rank 1's gradients out of the sum."""
+    if dist.get_rank() == 1 and (len(tensor) > 2 or shares_too):
+        tensor.zero_()
+    return add_up()
+
+
+def change(tensor: Tensor, add_up: Callable[[], Any], how: str) -> Any:
+    """Let rank 1 send something else than it voted with."""
+    if dist.get_rank() == 1 and len(tensor) > 2:
+        other = {"turned": -tensor, "doubled": 2 * tensor, "random": torch.randn_like(tensor) * tensor.std()}[how]
+        tensor.copy_(other)
+    return add_up()
+
+
+FAULTS: dict[str, tuple[Any, ...]] = {
+    "noise": (noise, 0.3),
+    "drop": (drop, False),
+    "drop with its share": (drop, True),
+    **{how: (change, how) for how in ("turned", "doubled", "random")},
+}
+
+
+def fail(device: torch.device, fault: str, dtype: torch.dtype, settings: dict[str, Any]) -> tuple[str, int]:
+    """Train with a fault from step 10 on; return what is said, and how many steps after it."""
+    spoil, argument = FAULTS[fault]
+    model = ddp(mlp(dtype=dtype), device, **BUCKETS)
+    state = GAFState(check_every=1, **settings)
+    model.register_comm_hook(state, gaf_hook)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # replicas stay the same: it is the sums that are told
+    data = batches(dist.get_rank(), 30)
+
+    def step() -> None:
+        inputs, labels = data[state.step]
+        optimizer.zero_grad()
+        cross_entropy(model(inputs.to(device, dtype)).float(), labels.to(device)).backward()
+        optimizer.step()
+
+    for _ in range(10):
+        step()
+    with faulty_sums(lambda tensor, add_up: spoil(tensor, add_up, argument)):
+        said = error_of(lambda: [step() for _ in range(10)])
+    return said, state.step - 10
+
+
+@pytest.mark.parametrize("dtype", job_but(torch.float32, of=[torch.float32, torch.bfloat16]), ids=str)
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("world_size", job_but(3, of=[2, 3, 4]))
+def test_a_fault_names_its_rank_on_every_rank(
+    gloo_ranks: Ranks, world_size: int, fault: str, dtype: torch.dtype
+) -> None:
+    for said, steps in gloo_ranks(world_size, fail, fault, dtype, {}):
+        assert steps == 2, said
+        assert "the average must be that of the gradients that ranks voted with" in said
+        if fault == "noise":
+            assert "found another on ranks 1 (" in said
+            assert "as if" not in said
+        else:
+            assert ", as if rank 1 (" in said
+
+
+def test_ballots_of_several_steps_tell_in_the_next_but_one(gloo_ranks: Ranks) -> None:
+    for said, steps in gloo_ranks(3, fail, "turned", torch.float32, {"judge_every": 2}):
+        assert ", as if rank 1 (" in said
+        assert steps == 4
+
+
+Clean = tuple[torch.dtype, dict[str, Any], bool]
+
+
+def train(device: torch.device, runs: list[Clean], steps: int) -> list[tuple[float, int, float]]:
+    """Train well; return of each run how far sums were off, how many were checked, how often the last was kept."""
+    return [_train(device, *run, steps) for run in runs]
+
+
+def _train(
+    device: torch.device, dtype: torch.dtype, settings: dict[str, Any], has_bad_rank: bool, steps: int
+) -> tuple[float, int, float]:
+    seen: list[float] = []
+
+    def require(off: list[float], hosts: Any, suspects: Any) -> None:
+        seen.extend([] if GUARDED in off else off)
+        require_sums(off, hosts, suspects)
+
+    late.require_sums = require
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = ddp(mlp(dtype=dtype), device, **BUCKETS)
+    state = GAFState(**{"check_every": 1, **settings})
+    model.register_comm_hook(state, gaf_hook)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    for inputs, labels in batches(rank, steps):
+        optimizer.zero_grad()
+        loss = cross_entropy(model(inputs.to(device, dtype)).float(), labels.to(device))
+        (50 * loss if has_bad_rank and rank == world - 1 else loss).backward()
+        optimizer.step()
+    checked = [off for off in seen if off > 0]
+    return max(checked), len(checked) // world, state.summary()[f"gaf/kept_rank_{world - 1:02d}"]
+
+
+def assert_clean(outcomes: list[list[tuple[float, int, float]]], runs: list[Clean], steps: int) -> None:
+    for outcome in outcomes:
+        for (farthest, checked, kept), (_, settings, has_bad_rank) in zip(outcome, runs, strict=True):
+            assert farthest < 0.25, "a tolerance must have some margin"
+            assert checked >= 0.9 * steps / settings.get("judge_every", 1) / settings.get("check_every", 1) - 3
+            assert kept < 0.2 or not has_bad_rank or len(outcomes) == 2
+
+
+@pytest.mark.parametrize("world_size", job_but(3, of=[2, 3, 4]))
+def test_sound_sums_raise_nothing(gloo_ranks: Ranks, world_size: int) -> None:
+    many = world_size != 3
+    dtypes = [torch.float32, torch.bfloat16]
+    runs: list[Clean] = [(d, s, b) for d in dtypes for s in ({}, {"judge_every": 4}) for b in (False, True)]
+    steps = 300 if many else 60
+    runs = runs if many else [runs[1], runs[3], runs[5]]
+    assert_clean(gloo_ranks(world_size, train, runs, steps, timeout=170.0), runs, steps)
+
+
+@pytest.mark.job
+def test_sound_sums_of_all_dtypes_on_the_wire_raise_nothing(gloo_ranks: Ranks) -> None:
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    runs: list[Clean] = [(d, {"wire_dtype": wire}, True) for d in dtypes for wire in dtypes]
+    assert_clean(gloo_ranks(3, train, runs, 100, timeout=170.0), runs, 100)
+
+
+UNEVEN = [{"check_every": 3, "judge_every": 4}, {"check_every": 5, "judge_every": 2}, {"check_every": 7}]
+
+
+def test_ballots_are_checked_whole_however_steps_fall_into_them(gloo_ranks: Ranks) -> None:
+    runs: list[Clean] = [(torch.float32, settings, True) for settings in UNEVEN]
+    assert_clean(gloo_ranks(3, train, runs, 60), [(d, {"check_every": 60}, b) for d, _, b in runs], 60)
+
+
+def spoil_gradients(device: torch.device, settings: dict[str, Any], kind: str) -> str:
+    """Return what is said where ranks' gradients are odd, and the sums are right."""
+    model = ddp(Probe([50, 60]), device, bucket_cap_mb=0.0001)
+    state = GAFState(check_every=1, **settings)
+    model.register_comm_hook(state, gaf_hook)
+    rank, generator = dist.get_rank(), torch.Generator().manual_seed(dist.get_rank())
+
+    def steps() -> None:
+        for step in range(24):
+            gradient = torch.randn(110, generator=generator) + 1
+            if kind == "zero everywhere" and step % 3 == 0:
+                gradient.zero_()
+            elif kind == "a bucket zero everywhere":
+                gradient[:50] = 0
+            elif step % 5 == 3 and rank == step % 2:
+                gradient *= {"zero": 0.0, "long": 12.0, "very long": 1e4, "nan": math.nan}.get(kind, 1.0)
+            if kind == "tiny":
+                gradient *= 1e-37
+            if kind == "start" and step == 6 and settings:
+                state.start_step = 9
+            model(gradient.to(device)).backward()
+
+    return error_of(steps)
+
+
+KINDS = ["zero everywhere", "a bucket zero everywhere", "zero", "long", "very long", "nan", "tiny", "start"]
+ODD = [{}, {"judge_every": 4}, {"tau": 0.9, "watch": True}, {"watch": True, "judge_every": 3}]
+
+
+def spoil_all(device: torch.device) -> dict[str, str]:
+    return {f"{kind} {settings}": spoil_gradients(device, settings, kind) for kind in KINDS for settings in ODD}
+
+
+def test_odd_gradients_raise_nothing(gloo_ranks: Ranks) -> None:
+    for found in gloo_ranks(3, spoil_all):
+        assert {kind: said for kind, said in found.items() if said != "nothing"} == {}
+
+
+def checked(rows: Tensor, average: Tensor, kept: list[bool], dtype: torch.dtype = torch.float32) -> SumCheck:
+    """Return a check of this average of the ranks' gradients `(W, N)`."""
+    check = SumCheck(K)
+    check.add(average, whole(len(average)), dtype)
+    check.expect(torch.stack([fold(row, whole(len(row)), K)[0] for row in rows]), torch.tensor(kept))
+    return check
+
+
+class TestSumCheck:
+    rows = torch.randn(5, 3000, generator=torch.Generator().manual_seed(0))
+    kept = (True, True, False, True, True)
+
+    def off(self, check: SumCheck, rows: Tensor, kept: tuple[bool, ...] = kept) -> float:
+        return float(check.off([float(row.norm()) for row, k in zip(rows, kept, strict=True) if k]))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("scale", [1e-4, 1.0, 100.0])
+    def test_rounding_of_a_ring_is_within_and_a_rank_that_is_missing_is_not(
+        self, dtype: torch.dtype, scale: float
+    ) -> None:
+        generator = torch.Generator().manual_seed(1)
+        for world in (2, 8, 64):
+            for common in (0.0, 1.0, math.inf):  # what ranks have in common; equal elements round alike
+                rows = torch.randn(world, 3000, generator=generator) + min(common, 9.0)
+                rows = torch.full_like(rows, 0.3) if math.isinf(common) else rows
+                rows = (scale * rows).to(dtype)
+                total = torch.zeros(3000, dtype=dtype)
+                for row in rows:
+                    total += row / world
+                kept = (True,) * world
+                assert self.off(checked(rows, total, list(kept), dtype), rows.float(), kept) < 0.7
+                if world == 2:
+                    assert self.off(checked(rows, total - rows[0] / 2, list(kept), dtype), rows.float(), kept) > 1
+
+    def test_equals_zero_where_all_is_zero(self) -> None:
+        rows = torch.zeros(5, 3000)
+        assert self.off(checked(rows, rows[0], list(self.kept)), rows) == 0
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_a_sum_that_is_not_finite_is_off_but_in_float16(self, value: float) -> None:
+        average = self.rows[list(self.kept)].mean(0)
+        average[7] = value
+        assert not self.off(checked(self.rows, average, list(self.kept)), self.rows) <= 1
+        assert self.off(checked(self.rows, average, list(self.kept), torch.float16), self.rows) == GUARDED
+        broken = self.rows.clone()
+        broken[0, 7] = value
+        assert self.off(checked(broken, average, list(self.kept)), broken) == GUARDED
+
+    def test_who_is_shortened_or_left_out_of_some_steps_says_so(self) -> None:
+        average = self.rows.mean(0)  # of others than those that count
+        cases = [([4.0, 9.0], 4.0, False), ([4.0, 9.0], 2.9, True), ([0.0, 9.0], 4.0, True), ([0.0, 0.0], 4.0, False)]
+        for squares, limit, guarded in cases:
+            check = checked(self.rows, average, list(self.kept))
+            limits = torch.tensor([limit, math.inf], dtype=torch.float64).unbind()
+            check.guard([torch.tensor(squares, dtype=torch.float64), torch.ones(2, dtype=torch.float64)], limits)
+            assert (self.off(check, self.rows) == GUARDED) == guarded
+
+    def test_suspects_whose_gradient_is_lacking_and_then_who_sent_too_much(self) -> None:
+        rows, kept = self.rows, self.rows[list(self.kept)]
+        average = kept.mean(0)
+        cases: list[tuple[Tensor, list[int]]] = [
+            (average - rows[3] / 4, [3]),
+            (kept[[0, 1, 3]].mean(0), [3]),
+            (average + rows[1] / 4, [1]),
+            (average + rows[2] / 4, [2]),  # left out, and sends all the same
+            (average + (rows[0] - rows[1]) / 4, [1]),
+            (average - (rows[0] + rows[4]) / 4, [0, 4]),
+            (average * math.nan, []),
+        ]
+        for found, suspects in cases:
+            assert checked(rows, found, list(self.kept)).suspects() == suspects
+
+
+@pytest.mark.parametrize(
+    ("off", "said"),
+    [
+        ([0.0, 0.9, 1.0], "nothing"),
+        ([0.0, 3.0, GUARDED], "nothing"),
+        ([0.0, 31.0, 0.1], "on ranks 1 (b): 3.1e+01 times as far off as rounding explains: is a device"),
+        ([math.nan, 0.0, math.inf], "on ranks 0 (a): nan, 2 (c): inf times as far off as rounding explains, as if"),
+        ([2.0, 2.0, 2.0], "as if rank 2 (c) had sent another gradient, or had been left out: is a device, a network"),
+    ],
+    ids=str,
+)
+def test_the_words_name_who_is_off_and_who_may_be_why(off: list[float], said: str) -> None:
+    assert said in error_of(lambda: require_sums(off, ["a 0", "b", "c"], lambda: [2]))
