@@ -79,18 +79,18 @@ def fail(device: torch.device, fault: str, dtype: torch.dtype, settings: dict[st
     state = GAFState(check_every=1, **settings)
     model.register_comm_hook(state, gaf_hook)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # replicas stay the same: it is the sums that are told
-    data = batches(dist.get_rank(), 30)
+    data = batches(dist.get_rank(), 20)
 
-    def step() -> None:
-        inputs, labels = data[state.step]
+    def step(number: int) -> None:
+        inputs, labels = data[number]
         optimizer.zero_grad()
         cross_entropy(model(inputs.to(device, dtype)).float(), labels.to(device)).backward()
         optimizer.step()
 
-    for _ in range(10):
-        step()
+    for number in range(10):
+        step(number)
     with faulty_sums(lambda tensor, add_up: spoil(tensor, add_up, argument)):
-        said = error_of(lambda: [step() for _ in range(10)])
+        said = error_of(lambda: list(map(step, range(10, 20))))
     return said, state.step - 10
 
 
@@ -133,7 +133,7 @@ def _train(
         seen.extend([] if GUARDED in off else off)
         require_sums(off, hosts, suspects)
 
-    late.require_sums = require
+    vars(late)["require_sums"] = require
     rank, world = dist.get_rank(), dist.get_world_size()
     model = ddp(mlp(dtype=dtype), device, **BUCKETS)
     state = GAFState(**{"check_every": 1, **settings})
@@ -207,7 +207,7 @@ def spoil_gradients(device: torch.device, settings: dict[str, Any], kind: str) -
 
 
 KINDS = ["zero everywhere", "a bucket zero everywhere", "zero", "long", "very long", "nan", "tiny", "start"]
-ODD = [{}, {"judge_every": 4}, {"tau": 0.9, "watch": True}, {"watch": True, "judge_every": 3}]
+ODD: list[dict[str, Any]] = [{}, {"judge_every": 4}, {"tau": 0.9, "watch": True}, {"watch": True, "judge_every": 3}]
 
 
 def spoil_all(device: torch.device) -> dict[str, str]:

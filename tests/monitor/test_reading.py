@@ -94,10 +94,8 @@ def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("needs a GPU")
     reading, pushed = Reading(), []
     for step, decisions in random_steps(5, 20, 1).items():
-        moved = [
-            Agreement(**{name: None if value is None else value.cuda() for name, value in vars(each).items()})
-            for each in decisions
-        ]
+        fields_of = ({name: value for name, value in vars(each).items() if value is not None} for each in decisions)
+        moved = [Agreement(**{name: value.cuda() for name, value in known.items()}) for known in fields_of]
         reading.push(step, moved, [each.cuda() for each in numbers_of(decisions, step)])
         pushed.append(decisions)
     for decisions in pushed:
