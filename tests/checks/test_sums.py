@@ -199,8 +199,9 @@ def spoil_gradients(device: torch.device, settings: dict[str, Any], kind: str) -
                 gradient *= {"zero": 0.0, "long": 12.0, "very long": 1e4, "nan": math.nan}.get(kind, 1.0)
             if kind == "tiny":
                 gradient *= 1e-37
-            if kind == "start" and step == 6 and settings:
-                state.start_step = 9
+            if kind == "start":  # of a ballot of four the second half lets in who was out
+                gradient *= -1 if rank == 2 else 1
+                state.start_step = 9 if step == 6 else state.start_step
             model(gradient.to(device)).backward()
 
     return error_of(steps)
