@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from gaf_ddp import GAFState, audit, gaf_hook
 from gaf_ddp.monitor.reports import AuditReport, RankAudit
-from tests.checks.test_replicas import error_of, flip
+from tests.checks.faults import error_of, flip
 from tests.marks import job_but
 from tests.nets import batches, ddp, mlp
 

@@ -8,7 +8,10 @@ from dataclasses import replace
 import torch
 
 from gaf_ddp import Agreement, GAFState, Mean, NeighborhoodAgreement
+from gaf_ddp.monitor.history import History
 from gaf_ddp.monitor.records import Decision
+from gaf_ddp.monitor.reports import Report
+from gaf_ddp.monitor.totals import Totals
 from gaf_ddp.rules.agreement import decide
 
 Steps = dict[int, list[Agreement]]
@@ -76,3 +79,17 @@ def end_step(state: GAFState, *decisions: Agreement) -> None:
     step = state.step
     state._end_step()
     state._records.add(step, [Decision(each, []) for each in decisions], numbers, state.max_consecutive_skips)
+
+
+class Standing:
+    """A history and the sums that its report needs."""
+
+    def __init__(self) -> None:
+        self.history, self.totals = History(), Totals()
+
+    def add(self, step: int, decisions: list[Agreement]) -> None:
+        self.history.add(step, decisions)
+        self.totals.add(decisions)
+
+    def report(self, step: int, hosts: list[str]) -> Report:
+        return self.history.report(step, hosts, self.totals.read())
