@@ -170,7 +170,9 @@ def require_alike(settings: Mapping[str, object], everyone: Tensor, rank: int) -
 def require_one(numbers: Tensor) -> None:
     """Raise ValueError if the ranks' numbers `(W,)`, on the host, differ: they decided by unlike settings."""
     others = [rank for rank, number in enumerate(numbers.tolist()) if number != numbers[0]]
-    require(not others, "settings and weights must be the same on every rank, found others than rank 0's on", others)
+    if others:
+        rule = "settings and weights must be the same on every rank"
+        raise ValueError(f"{rule}, found others than rank 0's on ranks {', '.join(map(str, others))}")
 
 
 class Fingerprints:
@@ -204,4 +206,6 @@ class Fingerprints:
                 require_same(settings, self._group, numbers.device)
             others = [rank for rank, number in enumerate(weighed) if number != weighed[0]]
             rule = "weighting must return the same on every rank: seed one that draws random numbers"
-            require(not others, f"{rule}, found other weights in the last decision than rank 0's on ranks", others)
+            if others:
+                found = f"other weights in the last decision than rank 0's on ranks {', '.join(map(str, others))}"
+                raise ValueError(f"{rule}, found {found}")

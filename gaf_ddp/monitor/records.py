@@ -9,7 +9,7 @@ from gaf_ddp.monitor.reading import Reading
 from gaf_ddp.monitor.statistics import Statistics
 from gaf_ddp.rules.agreement import Agreement, unsound
 from gaf_ddp.runtime.device import on_host
-from gaf_ddp.settings import require, require_one
+from gaf_ddp.settings import require_one
 
 
 class Decision(NamedTuple):
@@ -57,7 +57,9 @@ class Records:
             for each in numbers:
                 require_one(each)
             wrong = sum(bool(unsound(each.weights, each.voters)) for each in decisions)
-            require(not wrong, "weighting must return finite weights >= 0", f"others in {wrong} decisions")
+            if wrong:
+                found = f"others in {wrong} decision{'s' * (wrong > 1)}"
+                raise ValueError(f"weighting must return finite weights >= 0, found {found}")
             self.statistics.record(step, decisions, limit)
 
     def __getstate__(self) -> dict[str, Any]:

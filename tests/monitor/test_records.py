@@ -61,7 +61,7 @@ class TestOnAccelerators:
     def test_weights_that_are_none_are_told_a_step_later(self, weight: float) -> None:
         records = Records()
         add(records, 0, weight=weight)
-        with pytest.raises(ValueError, match="weighting must return finite weights >= 0, found 'others in 1 dec"):
+        with pytest.raises(ValueError, match="weighting must return finite weights >= 0, found others in 1 decision"):
             add(records, 1)
         records.read(None)  # the error is told once
         assert count(records) == 2
@@ -69,7 +69,7 @@ class TestOnAccelerators:
     def test_unlike_settings_are_told_a_step_later(self) -> None:
         records = Records()
         add(records, 0, ALIKE, UNLIKE)
-        with pytest.raises(ValueError, match=r"settings and weights must be the same on .* rank 0's on, found \[1\]"):
+        with pytest.raises(ValueError, match=r"settings and weights must be the same on .* than rank 0's on ranks 1"):
             add(records, 1)
 
     def test_too_many_skips_are_told_a_step_later(self) -> None:
