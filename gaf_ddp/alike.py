@@ -78,7 +78,8 @@ def require_one(numbers: Tensor) -> None:
     """Raise ValueError if the ranks' numbers `(W,)`, on the host, differ: they decided by unlike settings."""
     others = [rank for rank, number in enumerate(numbers.tolist()) if number != numbers[0]]
     if others:
-        raise ValueError(f"settings and weights must be the same on every rank, found others than rank 0's on {others}")
+        rule = "settings and weights must be the same on every rank"
+        raise ValueError(f"{rule}, found others than rank 0's on ranks {', '.join(map(str, others))}")
 
 
 class Fingerprints:
@@ -113,7 +114,7 @@ class Fingerprints:
             others = [rank for rank, number in enumerate(weighed) if number != weighed[0]]
             if others:
                 rule = "weighting must return the same on every rank: seed one that draws random numbers"
-                raise ValueError(f"{rule}, found other weights than rank 0's in the last decision on ranks {others}")
+                raise ValueError(f"{rule}, found others than rank 0's in the last decision on {others}")
 
 
 def describe(weighting: Callable[[Tensor], Tensor] | None) -> str:

@@ -166,7 +166,7 @@ class GAFState:
             warnings.warn("gaf_ddp: attached, but no gradient came: is the wrapped model called?", stacklevel=2)
             self._awaits_hook = False
         self._catch_up()
-        return self._records.statistics.summary(self.step, reset)
+        return self._records.statistics.summary(self.step, reset, self.max_norm_ratio)
 
     def report(self) -> Report:
         """Return where each rank stands since training began: `str` for people, `as_dict()` for programs.
@@ -175,7 +175,7 @@ class GAFState:
         `summary()` does.
         """
         self._catch_up()
-        return self._records.statistics.report(self.step)
+        return self._records.statistics.report(self.step, self.max_norm_ratio)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what training needs to go on, at a host sync: step, statistics, the consensus rule's memory.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gaf_ddp.demo import parse, points
-from gaf_ddp.report import absences, read
+from gaf_ddp.monitor.report import absences, read
 from tests.launch.jobs import environment
 
 

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gaf_ddp import GAFState, gaf_hook, skip_on_disagreement
 
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-for settings in ({}, {"tau": 1.0}, {"tau": 1.0, "scope": "model", "exchange": "gather", "vote_momentum": 0.5}):
+for settings in ({}, {"check_every": 1}, {"tau": 1.0}, {"tau": 1.0, "scope": "model", "exchange": "gather"}):
     model, state = DistributedDataParallel(nn.Linear(8, 4)), GAFState(**settings)
     model.register_comm_hook(state, gaf_hook)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -11,12 +11,13 @@ import gaf_ddp
 from gaf_ddp.rules.agreement import decide
 
 NAMES = {
-    "Agreement": "(gramian, cosine, weights, kept, agreed, voters, nonfinite, overlong, distance=None, flipped=None)",
+    "Agreement": "(gramian, cosine, weights, kept, agreed, voters, nonfinite, overlong, distance=None, flipped=None, "
+    "finished=None)",
     "AgreementLog": "(state, *targets, every=100, cosine_every=1000, rank=0)",
     "ConsensusAgreement": "(ratio=3.0)",
     "GAFState": "(process_group=None, tau=None, *, weighting=None, scope=None, exchange='auto', start_step=0, "
-    "wire_dtype=None, max_norm_ratio=10.0, vote_momentum=0.0, sketch_size=4096, watch=False, voters='rank', "
-    "check_every=None, max_consecutive_skips=None)",
+    "wire_dtype=None, max_norm_ratio=10.0, momentum=0.99, judge_every=None, sketch_size=4096, watch=False, "
+    "voters='rank', check_every=None, max_consecutive_skips=None)",
     "Mean": "()",
     "MicrobatchFilter": "(parameters, tau=1.0, *, running='mean')",
     "NeighborhoodAgreement": "(tau)",
@@ -51,16 +52,16 @@ def test_public_names_say_what_they_are(name: str) -> None:
 
 
 MEMBERS = {
-    "Agreement": "agreed cosine distance flipped gramian kept nonfinite overlong stack voters weights",
+    "Agreement": "agreed cosine distance finished flipped gramian kept nonfinite overlong stack voters weights",
     "AgreementLog": "cosine_every every rank state step",
-    "ConsensusAgreement": "of_few ratio",
-    "GAFState": "agreement check_every decisions exchange load_state_dict max_consecutive_skips max_norm_ratio "
-    "process_group report scope sketch_size start_step state_dict step summary tau vote_momentum voters watch "
-    "weighting wire_dtype",
-    "Mean": "of_few",
+    "ConsensusAgreement": "ratio",
+    "GAFState": "agreement check_every decisions exchange judge_every load_state_dict max_consecutive_skips "
+    "max_norm_ratio momentum process_group report scope sketch_size start_step state_dict step summary tau voters "
+    "watch weighting wire_dtype",
+    "Mean": "",
     "MicrobatchFilter": "accumulate finish overflowed running tau",
-    "NeighborhoodAgreement": "of_few tau",
-    "SequentialAgreement": "factor of_few running tau",
+    "NeighborhoodAgreement": "tau",
+    "SequentialAgreement": "factor running tau",
     "Weighting": "",
 }
 

@@ -123,7 +123,8 @@ def test_is_what_an_index_takes(built: Path) -> None:
 
 def test_holds_the_package_alone_and_is_small(built: Path) -> None:
     (wheel,), (sdist,) = built.glob("*.whl"), built.glob("*.tar.gz")
-    modules = {f"gaf_ddp/{path.name}" for path in (REPOSITORY / "gaf_ddp").glob("*.py")} | {"gaf_ddp/py.typed"}
+    modules = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "gaf_ddp").rglob("*.py")}
+    modules |= {"gaf_ddp/py.typed"}
     with zipfile.ZipFile(wheel) as archive:
         assert {name for name in archive.namelist() if "dist-info" not in name} == modules
     with tarfile.open(sdist) as archive:

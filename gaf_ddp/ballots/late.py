@@ -64,7 +64,8 @@ class LateFilter:
         self._every = state.judge_every or 1  # steps of a ballot
         self._mode: tuple[bool, bool] | None = None
         self._hash: Tensor | None = None  # of the parameters' bits, where they are compared
-        self._off: Tensor | None = None  # how far the last checked sum was off
+        self._checked: SumCheck | None = None  # of the last ballots
+        self._off: Tensor | None = None  # how far their sum was off
         self._begin_ballot()
         self.recall()
 
@@ -81,11 +82,14 @@ class LateFilter:
         state = self._state
         if self._mode != (state.watch, state.step < state.start_step):  # else nothing has changed
             self._mode = state.watch, state.step < state.start_step
+            self._drop_check()
             self._by = self._divisor()
         self.is_open = True
-        if state.check_every is not None and state.step % state.check_every == 0:
-            self._hash = hash_bits(self._places.parameters, self.device)
-            self.check = self.check or SumCheck(state.sketch_size)
+        if state.check_every is not None:
+            if state.step % state.check_every == 0:
+                self._hash = hash_bits(self._places.parameters, self.device)
+            if self._steps == 0 and -state.step % state.check_every < self._every:  # all of a ballot's steps, or none
+                self.check = SumCheck(state.sketch_size)
 
     def weigh(self, gradient: Tensor, parameters: Sequence[Tensor], count: int | None = None) -> tuple[Tensor, Spans]:
         """Fold a bucket into the ballot, and scale it by this rank's share.
@@ -137,12 +141,13 @@ class LateFilter:
             products, held = sent.counting.read()
             numbers = read(held, len(sent.keys))
             require_alike(shared(self._state), numbers.settings, self.group.rank())
-            require_equal(numbers.hashes, numbers.finished, self._hosts, sent.step)
-            require_sums(numbers.off.tolist(), self._hosts)
+            checked = self._checked
+            require_sums(numbers.off.tolist(), self._hosts, lambda: [] if checked is None else checked.suspects())
+            require_equal(numbers.hashes, numbers.finished, self._hosts, sent.step)  # what a wrong sum leads to
         verdict = self._verdict(sent, products, numbers)
-        self._off = None
-        if sent.check is not None and not verdict.guarded:
-            self._off = sent.check.off(numbers.squares.sum(1).sqrt()[sent.counted].tolist())
+        self._off, self._checked = None, None if verdict.guarded else sent.check
+        if self._checked is not None:
+            self._off = self._checked.off(numbers.squares.sum(1).sqrt()[sent.counted].tolist())
         self._kept = verdict.kept
         self._by = self._divisor()
         self._limits.set(sent.keys, verdict.limits)
@@ -173,6 +178,12 @@ class LateFilter:
         if kept is not None and len(kept) == self._voters.count:
             self._kept = self._voters.spread(kept)
             self._mode = None
+            self._drop_check()
+
+    def _drop_check(self) -> None:
+        """Check no sum of a ballot in the midst of which changes who counts."""
+        if self._steps:
+            self.check = None
 
     def _begin_ballot(self) -> None:
         self._sketch = torch.zeros(self._state.sketch_size, dtype=torch.float32, device=self.device)
@@ -185,6 +196,8 @@ class LateFilter:
         state, steps, check, counted = self._state, self._steps, self.check, self._counted()
         squares = [torch.stack(each).sum() if len(each) > 1 else each[0] for each in self._squares.values()]
         finished = torch._C._current_graph_task_id() == -1  # outside of backward a hook is called in Join alone
+        if check is not None and not state.watch and counted[self.group.rank()]:
+            check.guard(list(map(torch.stack, self._squares.values())), self._limits.held(self._squares))
         own = pack(self._sketch, squares, Told(finished, fingerprints(shared(state)), self._hash, self._off))
         rows = own.new_empty(self.group.size(), len(own))
         work = all_gather_single(rows.view(-1), own, group=self.group, async_op=True)

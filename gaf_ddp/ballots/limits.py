@@ -1,7 +1,7 @@
 """How long a bucket's gradient may be: so many upper median norms of the ranks that count."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,10 @@ class Limits:
             median = upper_median(everyone.sqrt(), everyone.isfinite() & (everyone > 0))
             self._on_device[key] = (math.inf if ratio is None else ratio) * median
         return self._on_device[key]
+
+    def held(self, keys: Iterable[Key]) -> list[Tensor]:
+        """Return the limits `()` of buckets that came, on the device."""
+        return [self._on_device[key] for key in keys]
 
     def known(self, keys: Sequence[Key]) -> Tensor:
         """Return the limits `(buckets,)` on the host; inf where no verdict said any."""

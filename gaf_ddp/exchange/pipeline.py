@@ -1,7 +1,7 @@
 """Buckets on their way at once: out of DDP's hands, through an exchange, to a decision, and back."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,6 +59,8 @@ class Pipeline:
         self._decided: list[Decision] = []  # in this step
         self._numbers: list[Tensor] = []  # of the settings and weights that each rank decided by
         self._fingerprints = Fingerprints(self.lane.group, device)
+        self._has_finished = False  # this rank, which waits for the others in DDP's Join
+        self._finished = torch.zeros(1, group.size(), dtype=torch.float64, device=device)  # the same, in its column
         self._replicas = ReplicaCheck(state.check_every)
 
     @property
@@ -108,6 +110,9 @@ class Pipeline:
                 parameters = [each for decision in state._records.decisions for each in decision.parameters]
                 hosts = state._records.statistics.hosts
                 self._replicas.start(state.step, parameters, self.lane.small_messages, hosts, in_backward)
+                if in_backward == self._has_finished:
+                    self._has_finished = not in_backward
+                    self._finished[0, self.group.rank()] = float(self._has_finished)
             assert arrival.receive is not None
             arrival.rows = arrival.receive()
             arrival.measured = gram(arrival.rows)
@@ -123,6 +128,14 @@ class Pipeline:
             self._latest, self.first_step = None, False
             self.lane.run(self._close)
         self.lane.wait()
+
+    def draw(self) -> None:
+        """Wait for a comparison of parameters that is on its way; no collective.
+
+        Raises:
+            RuntimeError: on every rank: they differ.
+        """
+        self._replicas.finish()
 
     def _close(self) -> None:
         """Decide on what waits for a bucket that never came, and end the step."""
@@ -140,10 +153,10 @@ class Pipeline:
         settings = as_text({**shared(state), "warm-up": state.step < state.start_step})
         measured = [arrival.measured for arrival in arrivals if arrival.measured is not None]
         total = measured[0] if len(measured) == 1 else torch.stack(measured).sum(0)
-        summed = arrivals[0].exchange.sum(torch.cat([total, self._fingerprints.own(settings)]))
-        gramian, numbers = summed[: self.group.size()], summed[self.group.size() :]
+        summed = arrivals[0].exchange.sum(torch.cat([total, self._fingerprints.own(settings), self._finished]))
+        gramian, numbers, (finished,) = summed.split([self.group.size(), 2, 1])
         self._fingerprints.require_same(settings, numbers)
-        agreement = decide(gramian, weighting, state.max_norm_ratio)
+        agreement = replace(decide(gramian, weighting, state.max_norm_ratio), finished=finished != 0)
         self._fingerprints.remember(agreement.weights)
         for arrival in arrivals:
             finish = arrival.exchange.gather(arrival.rows, agreement.weights, arrival.buffer)

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from gaf_ddp.monitor.reports import RankStanding, Report
 from gaf_ddp.monitor.saved import require_numbers
-from gaf_ddp.monitor.totals import FARTHEST, Sums, stacked
+from gaf_ddp.monitor.totals import FARTHEST, Sums, kept_shares, stacked
 from gaf_ddp.rules.agreement import Agreement
 
 _OUT = ("first_out", "out_since", "longest_out")  # steps; -1 where there is none
 # Of z over steps t, counted from the last one: their decayed number, and sums of t, t², z and z t.
 _LINE = ("judged", "time", "time_squared", "distance", "distance_time")
 _BY_RANK = (*_OUT, *_LINE)
-_COUNTS = ("nonfinite", "overlong", "zero", "flipped")
+_COUNTS = ("nonfinite", "overlong", "zero", "flipped", "finished")
 _DECAY = 0.99  # per step, of what "now" means: some 100 steps
 _LEAST_SPREAD = 200.0  # variance of the steps that a trend needs, in steps²: that of 50 steps in a row
 
@@ -25,7 +25,7 @@ class History:
     """Absences and the line through each rank's distances, on the host. Memory: 8 W float64 numbers.
 
     A rank is absent in a step that left it out in most of its decisions while others were kept: where nothing
-    agreed, nobody is absent. Starts anew with another world size.
+    agreed, nobody is absent, nor is who has finished (DDP's Join). Starts anew with another world size.
     """
 
     def __init__(self) -> None:
@@ -48,21 +48,20 @@ class History:
         self._numbers[6] += torch.where(known, z, 0).clamp(max=FARTHEST).sum(0)
         self._last = step
 
-    def report(self, step: int, hosts: Sequence[str], totals: Sums) -> Report:
+    def report(self, step: int, hosts: Sequence[str], totals: Sums, max_norm_ratio: float | None = None) -> Report:
         """Return where the ranks stand after so many steps, given the sums of all decisions."""
         numbers = self.read()
         world, decisions = len(numbers["first_out"]), sum(totals["decisions"])
         hosts = hosts if len(hosts) == world else [""] * world
-        ranks = []
-        for rank in range(world if decisions else 0):
+        ranks, shares = [], kept_shares(totals) if decisions else []
+        for rank, share in enumerate(shares):
             each = {name: numbers[name][rank] for name in _BY_RANK}
-            nonfinite, overlong, zero, flipped = (int(totals[name][rank]) for name in _COUNTS)
-            first, since = (None if each[name] < 0 else int(each[name]) for name in _OUT[:2])
-            kept, longest = totals["kept"][rank] / decisions, int(each["longest_out"])
-            distance, trend = _line(each)
-            line, absence = (distance, trend), (first, since, longest)
-            ranks.append(RankStanding(rank, hosts[rank], kept, *line, nonfinite, overlong, zero, flipped, *absence))
-        return Report(step, int(decisions), ranks)
+            found: dict[str, Any] = {name: int(totals[name][rank]) for name in _COUNTS}
+            found |= {name: None if each[name] < 0 else int(each[name]) for name in _OUT[:2]}
+            found |= {"kept": None if math.isnan(share) else share, "longest_out": int(each["longest_out"])}
+            found |= zip(("distance", "trend"), _line(each), strict=True)
+            ranks.append(RankStanding(rank, hosts[rank], **found))
+        return Report(step, int(decisions), ranks, max_norm_ratio)
 
     def read(self) -> Sums:
         """Return all of it as plain numbers, lists of W or one; empty before the first decision."""

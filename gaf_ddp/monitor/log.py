@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 
 from gaf_ddp.monitor.sinks import FORMAT, KEY, writing
-from gaf_ddp.monitor.totals import Sums, between, summary
+from gaf_ddp.monitor.totals import Sums, between, kept_shares, summary
 from gaf_ddp.rules.agreement import Agreement
 from gaf_ddp.settings import require
 from gaf_ddp.state import GAFState
 
-SHARES = ("kept", "nonfinite", "overlong", "zero")  # of a record's decisions
+SHARES = ("nonfinite", "overlong", "zero")  # of a record's decisions
 _OF_REPORT = ("host", "trend", "first_out", "out_since", "longest_out")  # what GAFState.report() alone knows
 
 
@@ -62,7 +62,8 @@ class AgreementLog:
         require(rank is None or (type(rank) is int and rank >= 0), "rank must be an integer >= 0 or None", rank)
         self.state, self.every, self.cosine_every, self.rank = state, every, cosine_every, rank
         self._writers = [writing(target) for target in targets]
-        self._before: Sums | None = None  # the state's sums at the last record
+        self._before = self._sums()  # the state's, at the last record
+        self._began = state._records.statistics.began  # whose sums these are: a checkpoint may be loaded
         self._seen: int | None = None  # the last step that was counted
         self._written = 0
         self._cosine_written: int | None = None
@@ -75,8 +76,6 @@ class AgreementLog:
         if self._seen is None:  # a checkpoint may have been loaded since the log was made
             self._written = step - 1
         self._seen = step
-        if self._before is None:
-            self._before = self._sums() if step > 1 else {"kept": []}
         if step // self.every != self._written // self.every:
             self._written = step
             record = self._record(step)
@@ -96,7 +95,10 @@ class AgreementLog:
     def _record(self, step: int) -> dict[str, Any] | None:
         """Return what the steps since the last record say, as JSON can hold it; None if they decided nothing."""
         agreement, everything = self.state.agreement, self._sums()
-        sums = between(self._before or everything, everything)
+        began = self.state._records.statistics.began
+        if began is not self._began:
+            self._before = self._began = began
+        sums = between(self._before, everything)
         if agreement is None or not sum(sums["decisions"]):
             return None
         self._before = everything
@@ -109,6 +111,7 @@ class AgreementLog:
             "step": step,
             "decisions": int(sums["decisions"][0]),
             "ratio": self.state._ratio,
+            "max_norm_ratio": self.state.max_norm_ratio,
             **{name: _plain(value) for name, value in summary(sums).items() if "rank" not in name},
             "ranks": self._ranks(sums, now),
             "cosine": now["cosine"] if self._cosine_written == step else None,
@@ -117,7 +120,8 @@ class AgreementLog:
     def _ranks(self, sums: dict[str, list[float]], now: dict[str, list[Any]]) -> list[dict[str, Any]]:
         """Return of each rank: shares of the decisions in which it was what their names say, z now, and so on."""
         (decisions,) = sums["decisions"]
-        columns = {name: [_plain(count / decisions) for count in sums[name]] for name in SHARES}
+        columns = {"kept": [_plain(share) for share in kept_shares(sums)]}  # None of a rank that has finished
+        columns |= {name: [_plain(count / decisions) for count in sums[name]] for name in SHARES}
         columns["flipped"], columns["distance"] = now["flipped"], now["distance"]
         reported = self.state.report().as_dict()["ranks"]
         columns |= {name: [rank[name] for rank in reported] for name in _OF_REPORT}

@@ -63,7 +63,8 @@ def _headline(records: Sequence[Record], out: list[int]) -> str:
 def _draw_kept(axis: Axes, records: Sequence[Record], out: list[int]) -> None:
     """Draw a row per rank, coloured by how often it was kept."""
     size = len(records[-1]["ranks"])
-    shares = [[100 * record["ranks"][rank]["kept"] for record in records] for rank in range(size)]
+    kept = [[record["ranks"][rank]["kept"] for record in records] for rank in range(size)]
+    shares = [[float("nan") if share is None else 100 * share for share in row] for row in kept]
     borders = [rank - 0.5 for rank in range(size + 1)]
     mesh = axis.pcolormesh(edges(records), borders, shares, cmap=_KEPT, vmin=0, vmax=100)
     first, *_, last = edges(records)

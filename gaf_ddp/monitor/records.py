@@ -58,7 +58,8 @@ class Records:
                 require_one(each)
             wrong = sum(bool(unsound(each.weights, each.voters)) for each in decisions)
             if wrong:
-                raise ValueError(f"weighting must return finite weights >= 0, found others in {wrong} decisions")
+                found = f"others in {wrong} decision{'s' * (wrong > 1)}"
+                raise ValueError(f"weighting must return finite weights >= 0, found {found}")
             self.statistics.record(step, decisions, limit)
 
     def __getstate__(self) -> dict[str, Any]:

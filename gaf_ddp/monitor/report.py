@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gaf_ddp.monitor.reports import over_medians
 from gaf_ddp.monitor.sinks import FORMAT, KEY
 
 Record = dict[str, Any]
@@ -78,7 +79,8 @@ def absences(records: Sequence[Record]) -> list[Absence]:
     """Return who was out, since when, and why, by rank."""
     found = []
     for rank in range(len(records[-1]["ranks"])):
-        out = [record["ranks"][rank]["kept"] < _OUT for record in records]
+        shares = [record["ranks"][rank]["kept"] for record in records]  # None where the rank has finished
+        out = [share is not None and share < _OUT for share in shares]
         begin = 0
         while True in out[begin:]:
             begin = out.index(True, begin)
@@ -102,10 +104,11 @@ def edges(records: Sequence[Record]) -> list[int]:
 def _why(records: Sequence[Record], rank: int) -> str:
     """Return why a rank was out in these records: what most of their decisions say."""
     parts = [record["ranks"][rank] for record in records]
-    reasons = {"nonfinite": "its gradient is not finite", "zero": "its gradient is zero"}
-    reasons |= {
-        "overlong": "its gradient is far longer than the others'",
-        "flipped": "its gradient has its sign turned",
+    reasons = {
+        "nonfinite": "its gradient is not finite",
+        "zero": "its gradient is zero",
+        "overlong": f"its gradient has a {over_medians(records[-1].get('max_norm_ratio'))}",
+        "flipped": "its gradient is turned away from the others'",
     }
     shares = {name: sum(part[name] or 0 for part in parts) / len(parts) for name in reasons}
     likely = max(shares, key=lambda name: shares[name])
@@ -140,15 +143,18 @@ def sentences(records: Sequence[Record]) -> list[str]:
     before = [absence for absence in found if absence.until is not None]
     said = [f"{name(last, a.rank).capitalize()} is out since step {a.since}: {a.why}." for a in now]
     said += [f"{name(last, a.rank).capitalize()} was out from step {a.since} to {a.until}: {a.why}." for a in before]
-    if not now:
-        least = min(ranks, key=lambda rank: rank["kept"])
+    done = [rank["rank"] for rank in ranks if rank["kept"] is None]
+    said += [f"{name(last, rank).capitalize()} has finished: it is out of inputs." for rank in done]
+    others = [rank for rank in ranks if rank["rank"] not in [*done, *(a.rank for a in now)]]
+    if not now and others:
+        least = min(others, key=lambda rank: rank["kept"])
         said.insert(
             0,
             f"No rank is out at step {last['step']}: the least kept is rank {least['rank']}, {least['kept']:.0%}.",
         )
-    elif len(now) < len(ranks):
-        least = min(ranks[rank]["kept"] for rank in range(len(ranks)) if rank not in [a.rank for a in now])
-        said.append(f"The other {len(ranks) - len(now)} ranks are kept in at least {least:.0%} of the last decisions.")
+    elif others:
+        kept = f"kept in at least {min(rank['kept'] for rank in others):.0%} of the last decisions"
+        said.append(f"The other {len(others)} ranks are {kept}." if len(others) > 1 else f"The other one is {kept}.")
     decisions = sum(record["decisions"] for record in records)
     skipped = sum(record["gaf/skipped_fraction"] * record["decisions"] for record in records) / decisions
     if skipped:
@@ -185,7 +191,3 @@ def _draw(records: Sequence[Record], path: Path) -> None:
         raise LogError(f"--out needs matplotlib: pip install 'gaf-ddp[report]' ({error})") from error
     draw(records, path)
     print(path)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,16 +4,25 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 
+def over_medians(ratio: float | None) -> str:
+    """Return in words that a norm is over so many medians, or far over the median where the limit is not known."""
+    return "norm far over the median" if ratio is None else f"norm over {ratio:g} medians"
+
+
 @dataclass(frozen=True)
 class RankStanding:
     """One rank. Counts are of decisions; a step leaves a rank out if most of its decisions gave it no weight.
 
+    A step on which nothing agreed leaves nobody out, and no step leaves out a rank that has finished.
+
     Attributes:
         host: the name of its machine; empty before the first bucket.
-        kept: share of decisions in which it was kept.
+        kept: share of decisions in which it was kept, of those for which it had not finished; None without any.
         distance: mean z of the last 100 steps or so, each at most 100; None for rules that know none.
         trend: how much that changes in 100 steps; None before it was judged in some 50.
-        nonfinite, overlong, zero, flipped: decisions in which its gradient was that.
+        nonfinite, overlong, zero, flipped: decisions in which its gradient was not finite, longer than
+            `max_norm_ratio` medians, zero, or turned away from the others'.
+        finished: decisions for which it waited in DDP's Join, out of inputs.
         first_out: the first step that left it out, None if none did.
         out_since: the step since which every one left it out, None if the last one did not.
         longest_out: the most steps in a row that did.
@@ -21,31 +30,38 @@ class RankStanding:
 
     rank: int
     host: str
-    kept: float
+    kept: float | None
     distance: float | None
     trend: float | None
     nonfinite: int
     overlong: int
     zero: int
     flipped: int
+    finished: int
     first_out: int | None
     out_since: int | None
     longest_out: int
 
     def __str__(self) -> str:
         """Return one line."""
-        line = f"rank {self.rank}{f' on {self.host}' if self.host else ''}: kept {100 * self.kept:.0f} %"
+        return self.line(None)
+
+    def line(self, max_norm_ratio: float | None) -> str:
+        """Return one line, with the limit of a norm in medians if it is known."""
+        line = f"rank {self.rank}{f' on {self.host}' if self.host else ''}: "
+        line += "finished from the start" if self.kept is None else f"kept {100 * self.kept:.0f} %"
         if self.distance is not None:
             line += f", z {self.distance:.1f}"
         if self.trend is not None:
             line += f" ({self.trend:+.1f} in 100 steps)"
         counts = {
             "not finite": self.nonfinite,
-            "too long": self.overlong,
+            over_medians(max_norm_ratio): self.overlong,
             "zero": self.zero,
-            "flipped": self.flipped,
+            "turned away": self.flipped,
+            "finished": 0 if self.kept is None else self.finished,
         }
-        line += "".join(f", {name} {count} times" for name, count in counts.items() if count)
+        line += "".join(f", {name} {count} time{'s' * (count > 1)}" for name, count in counts.items() if count)
         return line if self.out_since is None else f"{line}, out since step {self.out_since}"
 
 
@@ -56,10 +72,15 @@ class Report:
     step: int
     decisions: int
     ranks: list[RankStanding]
+    max_norm_ratio: float | None = None  # the state's
 
     def as_dict(self) -> dict[str, Any]:
         """Return the same in plain dictionaries, as JSON can hold them."""
         return asdict(self)
+
+    def line(self, rank: RankStanding) -> str:
+        """Return what there is to say of a rank, in one line."""
+        return rank.line(self.max_norm_ratio)
 
     def out_for(self, steps: int) -> list[RankStanding]:
         """Return who has been out for at least so many steps in a row, up to now."""
@@ -68,11 +89,12 @@ class Report:
     def __str__(self) -> str:
         """Return a line for each rank that is out, is kept rarely, or was not finite."""
         out = self.out_for(10)
-        matter = [each for each in self.ranks if each in out or each.kept < 0.9 or each.nonfinite]
-        first = f"step {self.step}, {self.decisions} decisions, {len(self.ranks)} ranks"
+        kept = {each.rank: 1.0 if each.kept is None else each.kept for each in self.ranks}
+        matter = [each for each in self.ranks if each in out or kept[each.rank] < 0.9 or each.nonfinite]
+        first = f"step {self.step}, {self.decisions} decision{'s' * (self.decisions != 1)}, {len(self.ranks)} ranks"
         if not matter:
             return f"{first}: all are kept" if self.decisions else first
-        return "\n".join([f"{first}:", *(f"  {each}" for each in sorted(matter, key=lambda each: each.kept))])
+        return "\n".join([f"{first}:", *(f"  {self.line(e)}" for e in sorted(matter, key=lambda e: kept[e.rank]))])
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ class Statistics:
         self.hosts: list[str] = []  # of the ranks, once they have met
         self.speaks = True  # whether this rank warns for all, which know the same
         self._totals, self._history, self._alarms = Totals(), History(), Alarms()
-        self._reset: Sums = self._totals.read()  # what the sums were at the last reset
+        self.began = self._reset = self._totals.read()  # the sums when this process began, and at the last reset
+        self._looked = 0  # at who has been out for long, after so many steps
 
     def record(self, step: int, decisions: Sequence[Agreement], limit: int | None) -> None:
         """Add a step's decisions, on the host; a bucket whose gradient was zero everywhere is no decision.
@@ -30,17 +31,20 @@ class Statistics:
         """
         decisions = [each for each in decisions if bool((each.voters | each.nonfinite | each.overlong).any())]
         if decisions:
+            if len(self._reset["kept"]) != len(decisions[0].kept):  # all begins anew
+                self._reset = Totals().read()
             self._totals.add(decisions)
             self._history.add(step, decisions)
             self._alarms.count_step(any(bool(each.agreed) for each in decisions), limit)
-        if self.speaks and (step + 1) % _CHECKED == 0:
+        if self.speaks and (step + 1) // _CHECKED != self._looked // _CHECKED:
+            self._looked = step + 1
             self._alarms.warn_of_ranks(self.report(step + 1))
 
-    def summary(self, step: int, reset: bool) -> dict[str, float]:
-        """Return what `GAFState.summary` promises, after so many steps."""
+    def summary(self, step: int, reset: bool, max_norm_ratio: float | None = None) -> dict[str, float]:
+        """Return what `GAFState.summary` promises, after so many steps; the ratio is for the words of warnings."""
         now = self._totals.read()
         found = summary(between(self._reset, now))
-        report = self.report(step)
+        report = self.report(step, max_norm_ratio)
         if self.speaks:
             self._alarms.warn_of_skips(found)
             self._alarms.warn_of_ranks(report)
@@ -49,9 +53,10 @@ class Statistics:
         out = [0 if rank.out_since is None else step - rank.out_since for rank in report.ranks if found]
         return {**found, **{f"gaf/out_rank_{rank:02d}": float(steps) for rank, steps in enumerate(out)}}
 
-    def report(self, step: int) -> Report:
-        """Return where the ranks stand after so many steps."""
-        return self._history.report(step, [machine(host) for host in self.hosts], self._totals.read())
+    def report(self, step: int, max_norm_ratio: float | None = None) -> Report:
+        """Return where the ranks stand after so many steps; the ratio is for its words."""
+        hosts = [machine(host) for host in self.hosts]
+        return self._history.report(step, hosts, self._totals.read(), max_norm_ratio)
 
     def sums(self) -> Sums:
         """Return the sums of all decisions so far."""
@@ -67,4 +72,5 @@ class Statistics:
         totals.load(state["totals"])
         reset.load(state["reset"])
         history.load(state["history"])
-        self._totals, self._history, self._reset = totals, history, reset.read()
+        self._totals, self._history = totals, history
+        self.began, self._reset = totals.read(), reset.read()

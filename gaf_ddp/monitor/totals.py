@@ -12,14 +12,14 @@ from gaf_ddp.rules.agreement import Agreement
 Sums = dict[str, list[float]]
 
 # Decisions in which a rank was that; those that know its distance, and the sum of these.
-BY_RANK = ("kept", "nonfinite", "overlong", "zero", "flipped", "judged", "distance")
+BY_RANK = ("kept", "nonfinite", "overlong", "zero", "flipped", "finished", "judged", "distance")
 # Decisions; those that kept nothing; those with a mean cosine, and the sum of these.
 IN_ALL = ("decisions", "skipped", "paired", "cosine")
 FARTHEST = 100.0  # what a z beyond it counts as: one of 1e20 would hide all others
 
 
 class Totals:
-    """Running sums over decisions of the same ranks, on the host. Memory: 7 W + 4 float64 numbers."""
+    """Running sums over decisions of the same ranks, on the host. Memory: 8 W + 4 float64 numbers."""
 
     def __init__(self) -> None:
         self._by_rank = torch.zeros(len(BY_RANK), 0, dtype=torch.float64)
@@ -50,8 +50,8 @@ class Totals:
 
 
 def between(before: Mapping[str, list[float]], now: Sums) -> Sums:
-    """Return what was added between two readings; all of it where the number of ranks changed."""
-    if len(before["kept"]) != len(now["kept"]):
+    """Return what was added between two readings; all of it where the sums began anew."""
+    if len(before["kept"]) != len(now["kept"]) or sum(before["decisions"]) > sum(now["decisions"]):
         return now
     return {name: [late - early for late, early in zip(each, before[name], strict=True)] for name, each in now.items()}
 
@@ -61,25 +61,33 @@ def summary(sums: Sums) -> dict[str, float]:
 
     Keys: `gaf/kept_fraction`, `gaf/skipped_fraction`, `gaf/mean_cosine` (over pairs of voters),
     `gaf/nonfinite_fraction`, `gaf/overlong_fraction`, `gaf/zero_fraction`, and `gaf/kept_rank_00` … : the share of
-    decisions in which that rank was kept. With the consensus rule `gaf/distance_rank_00` … too: its mean z, each at
-    most 100, NaN where it has none.
+    decisions in which that rank was kept, of those for which it had not finished (DDP's Join). With the consensus
+    rule `gaf/distance_rank_00` … too: its mean z, each at most 100. NaN is what there is no decision for.
     """
     decisions = sum(sums["decisions"])
     if not decisions:
         return {}
     shares = {name: [number / decisions for number in sums[name]] for name in BY_RANK}
+    kept, present = kept_shares(sums), len(sums["kept"]) * decisions - sum(sums["finished"])
     judged = any(sums["judged"])
     distances = [z / n if n else float("nan") for z, n in zip(sums["distance"], sums["judged"], strict=True)]
     mean = {name: sum(share) / len(share) for name, share in shares.items()}
     (skipped,), (cosine,), (paired,) = sums["skipped"], sums["cosine"], sums["paired"]
     return {
-        "gaf/kept_fraction": mean["kept"],
+        "gaf/kept_fraction": sum(sums["kept"]) / present if present else float("nan"),
         "gaf/skipped_fraction": skipped / decisions,
         "gaf/mean_cosine": cosine / paired if paired else float("nan"),
         **{f"gaf/{name}_fraction": mean[name] for name in ("nonfinite", "overlong", "zero")},
-        **{f"gaf/kept_rank_{rank:02d}": share for rank, share in enumerate(shares["kept"])},
+        **{f"gaf/kept_rank_{rank:02d}": share for rank, share in enumerate(kept)},
         **{f"gaf/distance_rank_{rank:02d}": z for rank, z in enumerate(distances) if judged},
     }
+
+
+def kept_shares(sums: Sums) -> list[float]:
+    """Return of each rank the share of decisions that kept it, of those for which it had not finished, or NaN."""
+    (decisions,) = sums["decisions"]
+    present = [decisions - finished for finished in sums["finished"]]
+    return [kept / number if number else float("nan") for kept, number in zip(sums["kept"], present, strict=True)]
 
 
 def stacked(decisions: Sequence[Agreement], name: str) -> Tensor:
@@ -102,12 +110,12 @@ def zeros(decisions: Sequence[Agreement]) -> Tensor:
 
 
 def _sums(decisions: Sequence[Agreement]) -> tuple[Tensor, Tensor]:
-    """Return what D decisions over W ranks add, `(7, W)` and `(4,)`."""
+    """Return what D decisions over W ranks add, `(8, W)` and `(4,)`."""
     voters, cosine = stacked(decisions, "voters"), stacked(decisions, "cosine").double()  # (D, W), (D, W, W)
     number = voters.sum(1, dtype=torch.float64)
     pairs = number * (number - 1)
     cosines = (cosine.sum((1, 2)) - cosine.diagonal(dim1=1, dim2=2).sum(1)) / pairs.clamp(min=1)
-    counts = [stacked(decisions, name) for name in ("kept", "nonfinite", "overlong", "flipped")]
+    counts = [stacked(decisions, name) for name in ("kept", "nonfinite", "overlong", "flipped", "finished")]
     counts.insert(3, zeros(decisions))
     z = stacked(decisions, "distance").double()
     by_rank = [*(count.sum(0).double() for count in counts), (~z.isnan()).sum(0).double()]

@@ -42,4 +42,4 @@ class Alarms:
         out = report.out_for(_LONG)
         if out:
             self._quiet_until = report.step + _QUIET
-            _logger.warning("gaf_ddp: left out for long, is it broken? %s", "; ".join(map(str, out)))
+            _logger.warning("gaf_ddp: left out for long, is it broken? %s", "; ".join(map(report.line, out)))

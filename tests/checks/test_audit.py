@@ -12,9 +12,9 @@ from torch.nn.functional import cross_entropy
 
 from gaf_ddp import GAFState, audit, gaf_hook
 from gaf_ddp.monitor.reports import AuditReport, RankAudit
+from tests.checks.faults import error_of, flip
 from tests.marks import job_but
 from tests.nets import batches, ddp, mlp
-from tests.test_replicas import error_of, flip
 
 Ranks = Callable[..., list[Any]]
 
@@ -91,7 +91,7 @@ def everything(model: nn.Module) -> list[Tensor]:
 def audit_between_steps(device: torch.device, audits: bool, options: dict[str, Any]) -> dict[str, Any]:
     """Train with the filter, with audits between steps or without; return what came out, what audits changed."""
     model, rank = ddp(network(), device, **options), dist.get_rank()
-    state = GAFState(scope="model")
+    state = GAFState()
     model.register_comm_hook(state, gaf_hook)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     torch.manual_seed(rank)

@@ -3,20 +3,21 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gaf_ddp.report import LogError, absences, main, read, sentences
+from gaf_ddp.monitor.report import LogError, absences, main, read, sentences
 
 WORLD = 4
 
 
-def record(step: int, kept: list[float], **more: Any) -> dict[str, Any]:
+def record(step: int, kept: Sequence[float | None], **more: Any) -> dict[str, Any]:
     """Return a record; `more` are columns of the ranks, or the record's own."""
     columns: dict[str, list[Any]] = {
-        "kept": kept,
+        "kept": list(kept),
         "host": [f"node-{rank // 2}" for rank in range(len(kept))],
         "distance": [1.0] * len(kept),
         **{name: [0.0] * len(kept) for name in ("trend", "nonfinite", "overlong", "zero", "flipped")},
@@ -26,7 +27,7 @@ def record(step: int, kept: list[float], **more: Any) -> dict[str, Any]:
     ranks = [{"rank": rank, **{name: column[rank] for name, column in columns.items()}} for rank in range(len(kept))]
     own = {name: value for name, value in more.items() if not isinstance(value, list)}
     return {"gaf_ddp_log": 1, "time": 0.0, "step": step, "decisions": 100, "ratio": 3.0, "ranks": ranks,
-            "gaf/skipped_fraction": 0.0, "cosine": None} | own  # fmt: skip
+            "max_norm_ratio": 10.0, "gaf/skipped_fraction": 0.0, "cosine": None} | own  # fmt: skip
 
 
 def write(path: Path, *records: dict[str, Any]) -> Path:
@@ -61,14 +62,26 @@ class TestSentences:
         ("name", "words"),
         [
             ("nonfinite", "is not finite"),
-            ("overlong", "far longer than the others'"),
+            ("overlong", "has a norm over 10 medians"),
             ("zero", "is zero"),
-            ("flipped", "has its sign turned"),
+            ("flipped", "is turned away from the others'"),
         ],
     )
     def test_name_each_reason(self, name: str, words: str) -> None:
         (absence,) = absences([record(100, [1, 0, 1, 1], **{name: [0.0, 1.0, 0.0, 0.0]})])
         assert words in absence.why
+
+    def test_name_no_limit_that_is_not_known(self) -> None:
+        (absence,) = absences([record(100, [1, 0, 1, 1], overlong=[0.0, 1.0, 0.0, 0.0], max_norm_ratio=None)])
+        assert absence.why == "its gradient has a norm far over the median"
+
+    def test_say_who_has_finished_and_do_not_call_it_out(self) -> None:
+        log = [record(100, [1, 1, 1, 0.9]), record(200, [0.0, 1, None, None])]
+        assert sentences(log)[1:] == [
+            "Rank 2 on node-1 has finished: it is out of inputs.",
+            "Rank 3 on node-1 has finished: it is out of inputs.",
+            "The other one is kept in at least 100% of the last decisions.",
+        ]
 
     def test_of_a_rule_without_distances_say_that_it_disagrees(self) -> None:
         (absence,) = absences([record(100, [0, 1, 1, 1], distance=[None] * 4, trend=[None] * 4, ratio=None)])
@@ -139,7 +152,8 @@ class TestPicture:
     def test_is_drawn_of_any_log(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         pytest.importorskip("matplotlib")
         many = [record(step, [1.0] * 40 + [0.0] * 24) for step in (1, 2, 3)]
-        for number, log in enumerate((job(), job(100), many)):
+        joined = [record(step, [1.0, None if step > 1 else 0.5]) for step in (1, 2, 3)]
+        for number, log in enumerate((job(), job(100), many, joined)):
             out = tmp_path / f"{number}.png"
             main([str(write(tmp_path / "log", *log)), "--out", str(out)])
             assert out.read_bytes().startswith(b"\x89PNG")
@@ -168,7 +182,9 @@ class TestPicture:
 
     @pytest.mark.job
     def test_without_matplotlib_says_what_to_install(self, tmp_path: Path) -> None:
-        code = "import sys; sys.modules['matplotlib'] = None; from gaf_ddp.report import main; main(sys.argv[1:])"
+        code = (
+            "import sys; sys.modules['matplotlib'] = None; from gaf_ddp.monitor.report import main; main(sys.argv[1:])"
+        )
         log = write(tmp_path / "log", *job())
         command = [sys.executable, "-c", code, str(log), "--out", str(tmp_path / "a.png")]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=100)

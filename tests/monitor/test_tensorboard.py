@@ -13,7 +13,7 @@ import torch
 
 from gaf_ddp import GAFState
 from gaf_ddp.monitor.log import AgreementLog
-from tests.test_log import FINE, SPOILT, take
+from tests.monitor.logged import FINE, SPOILT, take
 
 pytestmark = pytest.mark.job
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
