@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from benchmarks.accuracy.arms import title_of
+from benchmarks.accuracy.arms import beside_landed, title_of
 from benchmarks.accuracy.declare import Experiment
 from benchmarks.accuracy.summary import Row, Table, Tables
 
@@ -45,7 +45,7 @@ def _experiment(experiment: Experiment, table: Table) -> str:
 
 
 def _broken(tables: Tables) -> str:
-    arms = ("averaging", "guard only", "neighborhood", "default", "momenta 0.7", "consensus", "sequential", "krum",
+    arms = ("averaging", "guard only", "neighborhood", "default", "consensus", "sequential", "krum",
             "upgrad", "oracle")  # fmt: skip
     return _faults(tables, arms, "broken rank first / last")
 
@@ -58,6 +58,7 @@ def _byzfl(tables: Tables) -> str:
 
 def _faults(tables: Tables, arms: Sequence[str], places_told: str) -> str:
     """Return faults down, arms across: final accuracy, by the bad ranks' place or number in one cell."""
+    arms = beside_landed(arms)
     faults: dict[str, dict[int, Table]] = {}
     for e, table in tables:
         faults.setdefault(e.notes["fault"], {})[e.notes["rank"]] = table
