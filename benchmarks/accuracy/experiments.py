@@ -21,6 +21,7 @@ def human() -> list[Experiment]:
         "wrong label map on rank 0 of 4": (4, Labels("shift", (0,)), few),
         "right labels on 4 ranks": (4, Labels(), least),
         "wrong label map on rank 0, 3, 6 of 8": (8, Labels("shift", (0, 3, 6)), least),
+        "right labels on 8 ranks": (8, Labels(), ("averaging", "consensus")),
     }
     return [
         Experiment(
