@@ -22,7 +22,7 @@ from gaf_ddp import (
 from gaf_ddp.exchange.sketched import as_long_as
 from gaf_ddp.rules.agreement import decide
 from tests import oracle
-from tests.consensus_oracle import kept_by
+from tests.rules.consensus_oracle import kept_by
 from tests.fuzz import DTYPES, LENGTHS, Drawn, clear_of_the_guard, fuzzed, gradients, unless_rounding_decides
 from tests.properties import (
     assert_blind_to_absent,

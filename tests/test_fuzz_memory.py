@@ -14,7 +14,7 @@ from gaf_ddp import GAFState
 from gaf_ddp.rules.consensus import ConsensusAgreement
 from gaf_ddp.rules.memory import MOMENTUM, ConsensusMemory, move
 from tests import oracle
-from tests.consensus_oracle import ConsensusOracle, Step
+from tests.rules.consensus_oracle import ConsensusOracle, Step
 from tests.fuzz import clear_of_the_guard, fuzzed, make, unless_rounding_decides
 from tests.properties import gramian_of
 from tests.test_state import filled
