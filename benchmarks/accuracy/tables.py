@@ -8,11 +8,12 @@ from benchmarks.accuracy.summary import Row, Table, Tables
 
 LEGEND = """Accuracy on clean test data in %, mean ± standard deviation over seeds. *final*: mean of the last three
 evaluations; *best*: the highest of all (nobody can pick it without test data); *stopped*: at the highest
-accuracy on held-out training data with the labels that training sees. *kept*: share of ranks in the average,
-over all steps; *skipped*: share of steps left out. The best learning rate is picked by final test accuracy, in
-the control's favour. *on DDP ranks*: the same runs (so many of them) repeated with one process per rank
-under DistributedDataParallel (gloo) and the real hook; everything else computes the ranks one after the other in
-one process, with the same filtering functions."""
+accuracy on held-out training data with the labels that training sees. *kept*: share of ranks in the
+average, over all steps, of consensus by each step's verdict, which holds in the next; *skipped*: share of
+steps left out. The best learning rate is picked by final test accuracy, in the control's favour. *on DDP
+ranks*: the same runs (so many of them) repeated with one process per rank under DistributedDataParallel
+(gloo) and the real hook; everything else computes the ranks one after the other in one process, with the
+same filtering functions."""
 
 
 def group_text(group: str, tables: Tables) -> str:
