@@ -12,8 +12,10 @@ import torch
 
 import benchmarks
 from benchmarks.cost import WORLD_SIZES, Constants, all_reduce, late, leaving, sketch, steps_of_a_ballot
+from benchmarks.late import verdict_of
 from benchmarks.measure import read_runs, write_json
 from gaf_ddp.ballots.late import LateFilter
+from gaf_ddp.ballots.verdict import Verdict
 
 ROOT = Path(benchmarks.__file__).parent.parent
 
@@ -126,6 +128,17 @@ def test_a_ballot_has_as_many_steps_as_the_hook_gives_it(world: int, model: int)
     group, places = SimpleNamespace(size=lambda: world), SimpleNamespace(parameters=[parameter])
     late_filter = SimpleNamespace(_state=state, group=group, _places=places)
     assert LateFilter._affordable(late_filter) == steps_of_a_ballot(world, 4 * model)  # type: ignore[arg-type]
+
+
+def test_a_verdict_that_is_timed_keeps_everyone_every_time() -> None:
+    parts = verdict_of(8, torch.device("cpu"))
+    for _ in range(60):
+        verdict = parts["draw"]()
+        assert isinstance(verdict, Verdict)
+        assert verdict.kept.all()
+    tallied = parts["tally"]()
+    assert isinstance(tallied, torch.Tensor)
+    assert tallied.shape == (16, 16)
 
 
 @pytest.mark.parametrize(("hosts", "ranks", "measured"), [(4, 1, 1.0), (2, 2, 1.33), (2, 4, 2.29), (4, 2, 1.71)])
