@@ -14,6 +14,7 @@ CASES = {
     ("sharded, model", "killed after scatter"): "gaf_ddp: step 3",
     ("gather, bucket", "weighting returns NaN on all ranks"): r"weighting must return finite weights >= 0",
     ("late", "stopped for 3 s"): "^$",
+    ("late", "hook missing on one rank"): "is the hook on every rank.*lost rank",
     ("late", "torch.OutOfMemoryError in the hook on one rank"): "onnection",
 }
 BY_NAME = {fault.name: fault for fault in FAULTS}
