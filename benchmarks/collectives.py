@@ -5,7 +5,8 @@
 algbw is the buffer's size over the time. busbw is algbw times the share of the size that each rank must send,
 2 (W − 1)/W for an all-reduce and (W − 1)/W for the others, so that it compares with the link's speed whatever
 W is. The filter's exchanges are given all_reduce's factor: their busbw says how much of an all-reduce's speed
-is left. Their time includes the Gramian, the decision and the weighted sum. memory is what the first call took at
+is left. Their time includes the Gramian, the decision and the weighted sum; gaf_late is `GAFState()`, one step late,
+with a ballot and a verdict for every bucket. memory is what the first call took at
 most beyond its buffers, in buffers; small sizes show the start-up of the collective itself.
 """
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from benchmarks.command_line import described, new_file, positive, size_in_bytes
 from benchmarks.cost import SKETCH_SIZE
+from benchmarks.late import late_filter
 from benchmarks.measure import (
     banner,
     calls_at_once,
@@ -86,9 +88,11 @@ def operations(count: int, dtype: torch.dtype, device: torch.device) -> dict[str
         "all_gather": operation(lambda: all_gather_single(out, slice_), out, by_rank, half),
         "all_to_all": operation(lambda: dist.all_to_all_single(out, full), out, by_rank, half),
     }
-    for name, exchange in exchanges(group, device).items():
+    ways: dict[str, Callable[[Tensor], None]] = {"late": late_filter(group, device)}
+    ways |= {name: partial(filter_bucket, exchange) for name, exchange in exchanges(group, device).items()}
+    for name, way in ways.items():
         filtered = full.clone()
-        run = partial(filter_bucket, exchange, filtered)
+        run = partial(way, filtered)
         named[f"gaf_{name}"] = operation(run, filtered, total / size, 2 * half)
     return named
 

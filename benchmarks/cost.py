@@ -1,16 +1,20 @@
-"""What one bucket costs a rank: an alpha-beta model of the all-reduce and of the filter's exchanges.
+"""What one bucket costs a rank: an alpha-beta model of the all-reduce and of the filter's ways.
 
-A message of s bytes takes `alpha + beta s`, and those that leave a host share its link. A ring all-reduce of S
-bytes is 2 (W − 1) messages of S/W, of which one rank's leave its host. The sharded filter is W − 1 messages of S/W
-out and as many back, of which every rank's to other hosts leave, and one pass of gram and one of combine over S
-bytes. The sketch filter is a pass of fold and one of combine over S bytes, the sketch to every rank, or its slices
-beyond 256 KB of sketches, and a ring all-reduce. The gather filter is a ring all-gather of S, a broadcast of the
-Gramian, passes over W S bytes and an all-reduce. The first two all-reduce the Gramian, and all decide.
+A message of s bytes takes `alpha + beta s`, and those that leave a host share its link. A ring all-reduce of S bytes
+is 2 (W − 1) messages of S/W, of which one rank's leave its host. The sharded filter is W − 1 messages of S/W out and
+as many back, of which every rank's to other hosts leave, and one pass of gram and one of combine over S bytes. One
+step late is a ring all-reduce of S and one of 16 bytes, a pass of fold and one of scale over S bytes, and once in so
+many steps, which are of this bucket alone, a ring all-gather of sketches and a verdict. The gather of ballots is
+counted as if nothing ran beside it. The sketch filter is a pass of fold and one of combine over S bytes, the sketch
+to every rank, or its slices beyond 256 KB of sketches, and a ring all-reduce. The gather filter is a ring all-gather
+of S, a broadcast of the Gramian, passes over W S bytes and an all-reduce. The sharded and the sketch filter
+all-reduce the Gramian, and all three decide.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
+from gaf_ddp.ballots.ballot import affordable
 from gaf_ddp.runtime.collectives import reduced_numbers
 
 SKETCH_SIZE = 4096  # numbers, GAFState's default
@@ -26,7 +30,9 @@ class Constants:
     gram: float  # seconds per byte of rows
     combine: float  # seconds per byte of rows
     fold: float  # seconds per byte of a bucket
+    scale: float  # seconds per byte of a bucket
     decision: dict[int, float]  # seconds by W
+    verdict: dict[int, float]  # seconds by W, of tally and draw
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,22 @@ def all_reduce(world: int, size: float, c: Constants) -> Cost:
     """Return the cost of a ring all-reduce."""
     sent = 2 * (world - 1) / world * size
     return Cost(2 * (world - 1) * c.alpha + sent * c.beta, sent, 0.0)
+
+
+def steps_of_a_ballot(world: int, gradient: float) -> int:
+    """Return how many steps go into a ballot where `judge_every` is None, by the gradient's bytes."""
+    return affordable(world, SKETCH_SIZE, gradient)
+
+
+def late(world: int, size: float, c: Constants, steps: int | None = None) -> Cost:
+    """Return the cost one step late, of a model of one bucket; steps: of a ballot."""
+    reduce, shares = all_reduce(world, size, c), all_reduce(world, 16, c)
+    part = 1 / (steps or steps_of_a_ballot(world, size))
+    ballots = 4 * SKETCH_SIZE * (world - 1)
+    seconds = reduce.seconds + shares.seconds + size * (c.fold + c.scale)
+    seconds += part * ((world - 1) * c.alpha + ballots * c.beta + c.verdict[world])
+    memory = 8 * world * SKETCH_SIZE  # all ballots, and momenta
+    return Cost(seconds, reduce.bytes_sent + shares.bytes_sent + part * ballots, memory)
 
 
 def sharded(world: int, size: float, c: Constants, ranks_per_host: int = 1) -> Cost:
@@ -92,9 +114,12 @@ def predict(
             "W": world,
             "all_reduce_ms": plain.seconds * 1e3,
             "decision_us": constants.decision[world] * 1e6,
+            "verdict_us": constants.verdict[world] * 1e6,
+            "steps_of_a_ballot": steps_of_a_ballot(world, size),
             "measured": next((p for p in points if p["W"] == world), None),
         }
         for name, cost in (
+            ("late", late(world, size, constants)),
             ("sketch", sketch(world, size, constants, ranks_per_host)),
             ("sharded", sharded(world, size, constants, ranks_per_host)),
             ("gather", gather(world, size, constants)),

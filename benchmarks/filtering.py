@@ -1,16 +1,18 @@
-"""The filtering core against the device's copy bandwidth: gram, combine, a sketch's fold, a hash and the decision.
+"""The filtering core against the device's copy bandwidth: passes over gradients, decisions and verdicts.
 
     python -m benchmarks.filtering --json out.json
 
-For each W and size of rows `(W, n)`: gram reads the rows once, combine reads them and writes a W-th; fold reads
-them as one bucket, into a sketch of 4096 numbers, and so does the hash that replicas are compared by. `GB/s` is
-those bytes over the time, `roof` the share of the bandwidth of a copy of the rows in the same run (bytes read and
-written). `torch` is the same with torch's own product in the rows' dtype, which is less exact, and multiplies
-left-out rows. Calls rotate through buffers that together exceed the caches. Decisions are in microseconds.
+For each W and size of rows `(W, n)`: gram reads the rows once, combine reads them and writes a W-th. As one bucket,
+fold reads them into a sketch of 4096 numbers, scale and correct read and write them, and the hash that replicas are
+compared by reads them. `GB/s` is those bytes over the time, `roof` the share of the bandwidth of a copy of the rows
+in the same run (bytes read and written). `torch` is the same with torch's own product in the rows' dtype, which is
+less exact, and multiplies left-out rows. Calls rotate through buffers that together exceed the caches. Decisions are
+in microseconds, and so are a verdict's two parts: the tally on the device, and draw on the host.
 """
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle, product
 from statistics import median
 from typing import Any
@@ -20,10 +22,12 @@ from torch import Tensor
 
 from benchmarks.command_line import described, new_file, positive
 from benchmarks.cost import SKETCH_SIZE
+from benchmarks.late import verdict_of
 from benchmarks.measure import banner, calls_at_once, hardware, interleaved, say, write_json
 from gaf_ddp import ConsensusAgreement, NeighborhoodAgreement, SequentialAgreement, Weighting, combine, gram
 from gaf_ddp.checks.replicas import hash_bits
-from gaf_ddp.kernels.fold import fold
+from gaf_ddp.kernels.fold import fold, whole
+from gaf_ddp.kernels.scale import correct, scale
 from gaf_ddp.rules.agreement import decide
 
 SIZES = (2**20, 25 * 2**20, 2**26, 2**28, 2**30)  # bytes
@@ -44,13 +48,18 @@ def measure_rows(count: int, size: int, dtype: torch.dtype, device: torch.device
         torch.randn(count, columns, device=device).to(dtype) for _ in range(min(max(_CACHES // size, 1), _MOST_BUFFERS))
     ]
     weights = torch.full((count,), 1 / count, device=device)
+    number = [torch.tensor(value, dtype=torch.float64, device=device) for value in (1.0, 2.0, torch.inf)]
+    shares = torch.tensor([0.5, 0.0], dtype=torch.float64, device=device)
+    spans = whole(count * columns)
     same, out, target = weights.to(dtype), torch.empty_like(buffers[0][0]), torch.empty_like(buffers[0])
     run = {
         "copy": rotating(target.copy_, buffers),
         "gram": rotating(gram, buffers),
         "gram_torch": rotating(lambda rows: rows @ rows.mT, buffers),
         "combine": rotating(lambda rows: combine(rows, weights, out=out), buffers),
-        "fold": rotating(lambda rows: fold(rows.view(-1), SKETCH_SIZE, seed=0), buffers),
+        "fold": rotating(lambda rows: fold(rows.view(-1), spans, SKETCH_SIZE), buffers),
+        "scale": rotating(lambda rows: scale(rows.view(-1), *number), buffers),  # halves
+        "correct": rotating(lambda rows: correct(rows.view(-1), shares), buffers),  # doubles
         "hash": rotating(lambda rows: hash_bits([rows], device), buffers),
         "combine_torch": rotating(lambda rows: torch.mv(rows.mT, same, out=out), buffers),
     }
@@ -58,7 +67,7 @@ def measure_rows(count: int, size: int, dtype: torch.dtype, device: torch.device
     timings = interleaved(run, repeats, device, calls)
     seconds = {name: median(times) for name, times in timings.items()}
     # Readings and writings of all rows; all else reads them once.
-    passes = {"copy": 2.0, "combine": 1 + 1 / count}
+    passes = {"copy": 2.0, "scale": 2.0, "correct": 2.0, "combine": 1 + 1 / count}
     rate = {name: passes.get(name.removesuffix("_torch"), 1.0) * size / seconds[name] / 1e9 for name in seconds}
     return {
         "W": count,
@@ -70,7 +79,7 @@ def measure_rows(count: int, size: int, dtype: torch.dtype, device: torch.device
 
 
 def measure_decision(count: int, device: torch.device, repeats: int) -> dict[str, Any]:
-    """Return the microseconds of one decision over W ranks, with the guards and the record."""
+    """Return the microseconds of one decision and of a verdict over W ranks, with the guards and the record."""
     gramian = gram(torch.randn(count, 2 * count, device=device))
     rules: dict[str, Weighting] = {
         "neighborhood": NeighborhoodAgreement(1.0),
@@ -78,7 +87,7 @@ def measure_decision(count: int, device: torch.device, repeats: int) -> dict[str
         "consensus": ConsensusAgreement(),
     }
     timings = interleaved(
-        {name: lambda rule=rule: decide(gramian, rule, 10.0) for name, rule in rules.items()},  # type: ignore[misc]
+        {name: partial(decide, gramian, rule, 10.0) for name, rule in rules.items()} | verdict_of(count, device),
         repeats,
         device,
         calls=max(1, 256 // count),
@@ -97,7 +106,7 @@ def row_text(row: dict[str, Any]) -> str:
             f"{rate[n]:>8.1f} {roof[n]:>5.0%} {rate[n + '_torch']:>8.1f} {roof[n + '_torch']:>5.0%}"
             for n in ("gram", "combine")
         )
-        + "".join(f" {rate[n]:>8.1f} {roof[n]:>5.0%}" for n in ("fold", "hash"))
+        + "".join(f" {rate[n]:>8.1f} {roof[n]:>5.0%}" for n in ("fold", "scale", "correct", "hash"))
     )
 
 
@@ -127,7 +136,7 @@ def main() -> None:
     facts, rows = hardware(device), []
     say(banner(facts))
     columns = [f"{name + ' GB/s':>8} {'roof':>5} {'torch':>8} {'roof':>5}" for name in ("gram", "comb")]
-    columns += [f"{name + ' GB/s':>8} {'roof':>5}" for name in ("fold", "hash")]
+    columns += [f"{name + ' GB/s':>8} {'roof':>5}" for name in ("fold", "scale", "corr", "hash")]
     say(f"#{'W':>4} {'size':>11} {'type':>9} {'copy':>8} {' '.join(columns)}")
     for dtype, size, count in product((torch.float32, torch.bfloat16), sizes, counts):
         rows.append(measure_rows(count, size, dtype, device, given.repeats))

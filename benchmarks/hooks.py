@@ -34,7 +34,7 @@ def hooks() -> dict[str, Hook]:
         # On gloo PowerSGD reorders its collectives between ranks when there are several buckets, and dies.
         "powersgd": Hook(_power_sgd, one_bucket=gloo, note="rank 1" + ", one bucket" * gloo),
     }
-    named["gaf"] = _gaf(note="GAFState(): over sketches")
+    named["gaf"] = _gaf(note="GAFState(): one step late")
     named["gaf-watch"] = _gaf(note="judges, averages everyone", watch=True)
     named["gaf-bf16"] = _gaf(wire_dtype=torch.bfloat16)
     for scope in ("bucket", "model"):

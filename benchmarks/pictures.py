@@ -16,9 +16,10 @@ from benchmarks.command_line import described
 from benchmarks.measure import machine, read_runs
 
 HERE = Path(__file__).parent / "results"
-COLOURS = {"gaf_sketch": "#009E73", "gaf_sharded": "#0072B2", "gaf_gather": "#D55E00"}
+COLOURS = {"gaf_late": "#009E73", "gaf_sketch": "#CC79A7", "gaf_sharded": "#0072B2", "gaf_gather": "#D55E00"}
 SCOPES = {"gaf-bucket-sharded": "#0072B2", "gaf-model-sharded": "#009E73"}
 MARKERS = "osD^v"
+_RATIOS = (1, 1.2, 1.5, 2, 3, 4, 6, 8)
 
 
 def read(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -41,13 +42,8 @@ def draw_collectives(results: list[dict[str, Any]], path: Path) -> None:
             rows = [row for row in result["rows"] if row["collective"] == name]
             if not rows:
                 continue
-            axis.plot(
-                [row["size"] for row in rows],
-                [row["to_all_reduce"]["median"] for row in rows],
-                "o-",
-                color=colour,
-                label=name.replace("gaf_", ""),
-            )
+            sizes, ratios = [row["size"] for row in rows], [row["to_all_reduce"]["median"] for row in rows]
+            axis.plot(sizes, ratios, "o-", color=colour, label=name.removeprefix("gaf_"))
         axis.axhline(1.0, color="0.6", linewidth=1)
         axis.set(xscale="log", yscale="log", xlabel="bucket, bytes", title=label(result))
         axis.set_yticks([1, 2, 4, 8], ["1", "2", "4", "8"])
@@ -132,10 +128,11 @@ def _scaling_panels(axes: Any, result: dict[str, Any]) -> None:
                 continue
             values = [row[name][key] for row in rows]
             axis.plot(worlds, values, color=colour)
-            at = 1 if name == "sketch" else len(worlds) // 2 - 1  # on sharded's line where hosts have one rank
+            at = {"late": len(worlds) - 2, "sketch": 1}.get(name, len(worlds) // 2 - 1)
             axis.annotate(name, (worlds[at], values[at]), textcoords="offset points", xytext=(0, 8), color=colour)
         axis.axhline(1.0, color="0.6", linewidth=1)
         axis.set(xscale="log", yscale="log", xlabel=f"ranks W, {per_host}", title=title)
+        axis.set_yticks(_RATIOS, [f"{ratio:g}" for ratio in _RATIOS])
         axis.set_xticks(worlds, [str(w) for w in worlds])
         axis.minorticks_off()
         axis.spines[["top", "right"]].set_visible(False)

@@ -3,7 +3,8 @@
     torchrun --standalone --nproc-per-node 8 -m benchmarks.scaling --json out.json --plot out.png
     torchrun --standalone --nproc-per-node 8 -m benchmarks.scaling --ranks-per-host 1 4 8 --plot out.png
 
-alpha and beta come from two ranks, of two hosts if there are several; the passes and the decision from one. Groups
+alpha and beta come from two ranks, of two hosts if there are several; the passes, the decision and the verdict, with
+how many steps share one, from one. Groups
 of the first 2, 4, … ranks are then measured beside the model. `bytes` are those that leave a host, relative to an
 all-reduce's; --ranks-per-host asks for hosts of other sizes than these. Where ranks share cores, as on one
 machine, the measured points hold the others' work too and lie above the model.
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from benchmarks.collectives import exchanges, filter_bucket
 from benchmarks.command_line import described, new_file, positive, size_in_bytes
 from benchmarks.cost import SKETCH_SIZE, WORLD_SIZES, Constants, predict
+from benchmarks.late import late_filter, verdict_of
 from benchmarks.measure import (
     Timings,
     banner,
@@ -35,7 +37,8 @@ from benchmarks.measure import (
 )
 from benchmarks.pictures import draw_scaling
 from gaf_ddp import NeighborhoodAgreement, combine, gram
-from gaf_ddp.kernels.fold import fold
+from gaf_ddp.kernels.fold import fold, whole
+from gaf_ddp.kernels.scale import scale
 from gaf_ddp.rules.agreement import decide
 
 
@@ -65,7 +68,9 @@ def measure_constants(size: int, device: torch.device, repeats: int) -> Constant
             gram=passes["gram"] / size,
             combine=passes["combine"] / size,
             fold=passes["fold"] / size,
-            decision={world: passes[str(world)] for world in WORLD_SIZES},
+            scale=passes["scale"] / size,
+            decision={world: passes[f"decide {world}"] for world in WORLD_SIZES},
+            verdict={world: passes[f"tally {world}"] + passes[f"draw {world}"] for world in WORLD_SIZES},
         )]  # fmt: skip
     dist.broadcast_object_list(found, src=0)
     assert found[0] is not None
@@ -73,17 +78,21 @@ def measure_constants(size: int, device: torch.device, repeats: int) -> Constant
 
 
 def measure_passes(group: dist.ProcessGroup, size: int, device: torch.device, repeats: int) -> dict[str, float]:
-    """Return the seconds of gram and combine over size bytes, and of a decision by its W."""
+    """Return the seconds of the passes over size bytes, and of a decision and a verdict by their W."""
     rows, weights = torch.randn(4, size // 16, device=device), torch.full((4,), 0.25, device=device)
     shard = torch.empty_like(rows[0])
+    bucket = rows.view(-1)
+    square, ranks, limit = (torch.tensor(x, dtype=torch.float64, device=device) for x in (1.0, 1.0, 0.9999))
     run: dict[str, Callable[[], object]] = {
         "gram": lambda: gram(rows),
         "combine": lambda: combine(rows, weights, out=shard),
-        "fold": lambda: fold(rows.view(-1), SKETCH_SIZE, seed=0),
+        "fold": lambda: fold(bucket, whole(len(bucket)), SKETCH_SIZE),
+        "scale": lambda: scale(bucket, square, ranks, limit),  # shortens it a little
     }
     for world in WORLD_SIZES:
         gramian = gram(torch.randn(world, 2 * world, device=device))
-        run[str(world)] = partial(decide, gramian, NeighborhoodAgreement(1.0), 10.0)
+        run[f"decide {world}"] = partial(decide, gramian, NeighborhoodAgreement(1.0), 10.0)
+        run |= {f"{part} {world}": call for part, call in verdict_of(world, device).items()}
     return medians(interleaved(run, repeats, device, calls_at_once(size, device), group=group))
 
 
@@ -110,6 +119,7 @@ def measure_points(size: int, device: torch.device, repeats: int) -> list[dict[s
         if group is not None:
             plain, bucket = torch.randn(2, size // 4, device=device)
             run: dict[str, Callable[[], object]] = {"all_reduce": partial(dist.all_reduce, plain.zero_(), group=group)}
+            run["late"] = partial(late_filter(group, device), bucket.clone())
             for name, exchange in exchanges(group, device).items():
                 if name != "gather":  # holds W buckets
                     run[name] = partial(filter_bucket, exchange, bucket)
@@ -121,9 +131,9 @@ def measure_points(size: int, device: torch.device, repeats: int) -> list[dict[s
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return one aligned line per W; times and bytes are ratios to an all-reduce, memory is in buckets."""
-    names = ("sketch", "sharded", "gather")
+    names = ("late", "sketch", "sharded", "gather")
     columns = "".join(f" | {name:>7} {'measured':>8} {'bytes':>7} {'memory':>7}" for name in names)
-    lines = [f"#{'W':>5} {'all_reduce':>11}{columns} | {'decision':>9}"]
+    lines = [f"#{'W':>5} {'all_reduce':>11}{columns} | {'decision':>9} {'verdict':>9} {'steps':>5}"]
     for row in rows:
         line = f"{row['W']:>6} {row['all_reduce_ms']:>9.1f}ms"
         for name in names:
@@ -131,7 +141,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             measured = f"{point[name] / point['all_reduce']:.2f}" if name in point else ""
             line += f" | {cost['time_ratio']:>7.2f} {measured:>8} {cost['bytes_ratio']:>7.3f}"
             line += f" {cost['memory_buckets']:>7.2f}"
-        lines.append(f"{line} | {row['decision_us']:>7.0f}us")
+        lines.append(f"{line} | {row['decision_us']:>7.0f}us {row['verdict_us']:>7.0f}us {row['steps_of_a_ballot']:>5}")
     return "\n".join(lines)
 
 

@@ -165,11 +165,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--interface", type=interface, help="of every host, whose counters to read, e.g. eth0")
     parser.add_argument("--json", type=new_file, help="write the rows here")
     parser.add_argument("--append", action="store_true", help="add the run to the list in that file")
-    parser.add_argument("--quick", action="store_true", help="a small transformer, four hooks, 3 repeats, instead")
+    parser.add_argument("--quick", action="store_true", help="a small transformer, five hooks, 3 repeats, instead")
     given = parser.parse_args()
     if given.quick:
         given.model, given.size, given.batch_size, given.repeats = "transformer", 8, 1, 3
-        given.hooks = ["allreduce", "gaf-bucket-sharded", "gaf-model-sharded", "gaf-bucket-bf16"]
+        given.hooks = ["allreduce", "gaf", "gaf-bucket-sharded", "gaf-model-sharded", "gaf-bucket-bf16"]
     return given
 
 

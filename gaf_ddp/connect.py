@@ -9,6 +9,7 @@ import torch.distributed as dist
 from gaf_ddp.alike import as_text, require_same, shared
 from gaf_ddp.ballots.late import LateFilter
 from gaf_ddp.engines.ddp import Model, require_whole
+from gaf_ddp.exchange import point_to_point
 from gaf_ddp.exchange.pipeline import Pipeline
 from gaf_ddp.exchange.point_to_point import meet as meet_ranks
 from gaf_ddp.runtime.device import kernels
@@ -54,6 +55,9 @@ def meet(state: GAFState, group: dist.ProcessGroup, device: torch.device) -> Non
             meet_ranks(group)
     # A schedule that raises does so before the others are met: their errors name this rank then.
     told = {**shared(state), "fused kernels": kernels(device.type) is not None, "step": state.step}
+    if device.type == "cpu":  # gloo ends a process whose collective meets another, as DDP's own of a rank without us
+        with named("before the first bucket (is the hook on every rank?)"):
+            point_to_point.meet(group)
     everyone = require_same(as_text({**told, "host": own_host()}), group, device)
     statistics = state._records.statistics
     statistics.hosts, statistics.speaks = [each["host"] for each in everyone], group.rank() == 0

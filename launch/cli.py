@@ -102,9 +102,9 @@ def _add_filter(group: argparse._ArgumentGroup) -> None:
         "--scope",
         choices=("model", "bucket"),
         default=None,
-        help="one decision per step, or per bucket; unset: model, and for consensus GAFState's own",
+        help="gaf and paper: one decision per step, or per bucket; unset: model",
     )
-    add("--exchange", choices=("auto", "sharded", "gather"), default="auto", help="how gradients travel")
+    add("--exchange", choices=("auto", "sharded", "gather"), default="auto", help="gaf and paper: how gradients travel")
     add("--wire-dtype", choices=("bf16", "fp16"), default=None, help="send gradients in this dtype")
     add(
         "--max-norm-ratio",
@@ -112,7 +112,6 @@ def _add_filter(group: argparse._ArgumentGroup) -> None:
         default=10.0,
         help="a gradient longer than this many median norms has no vote; or none",
     )
-    add("--vote-momentum", type=_number(float, 0, 0.999), default=0.0, help="gaf and paper: judge by momenta")
     add("--start-step", type=_number(int, 0), default=0, help="plain averaging before this step")
 
 

@@ -40,12 +40,11 @@ def attach(
     state = GAFState(
         here.group,
         weighting=rule(plan.tau),
-        scope=plan.scope or (None if is_consensus else "model"),
-        exchange=plan.exchange,
+        scope=None if is_consensus else plan.scope or "model",
+        exchange="auto" if is_consensus else plan.exchange,
         start_step=plan.start_step,
         wire_dtype=WIRE_DTYPES[plan.wire_dtype],
         max_norm_ratio=plan.max_norm_ratio,
-        vote_momentum=0.0 if is_consensus else plan.vote_momentum,  # it has a memory of its own
     )
     model.register_comm_hook(state, gaf_hook)
     skip_on_disagreement(optimizer, state)

@@ -32,7 +32,6 @@ class Settings:
     exchange: Literal["auto", "sharded", "gather"]
     wire_dtype: str | None
     max_norm_ratio: float | None
-    vote_momentum: float
     start_step: int
 
     steps: int | None

@@ -5,6 +5,7 @@ Every comparison is refused when it hangs on rounding, so that a test can only f
 
 import math
 from collections.abc import Callable, Sequence
+from statistics import median_high
 from typing import NamedTuple
 
 import torch
@@ -44,7 +45,7 @@ def present(vectors: list[Tensor], max_norm_ratio: float | None) -> list[int]:
     norms = {i: v.norm().item() for i, v in enumerate(vectors) if v.isfinite().all() and v.any()}
     if not norms or max_norm_ratio is None:
         return list(norms)
-    median = sorted(norms.values())[min(len(norms) // 2, len(norms) - 1)]
+    median = median_high(norms.values())
     return [i for i, norm in norms.items() if norm <= max_norm_ratio * median]
 
 

@@ -148,9 +148,9 @@ def ask(device: torch.device) -> list[list[str]]:
 def test_what_goes_wrong_is_told_by_the_next_summary_skip_or_backward_and_not_before(gloo_ranks: Ranks) -> None:
     expected = []
     for how in WRONG:
-        unlike = "settings and weights must be the same on every rank, found others than rank 0's on [1]"
-        unsound = "weighting must return finite weights >= 0, found others in {} decisions"
-        by_bucket, by_model = [unlike if how == WRONG[0] else unsound.format(n) for n in (2, 1)]
+        unlike = "settings and weights must be the same on every rank, found others than rank 0's on ranks 1"
+        unsound = "weighting must return finite weights >= 0, found others in {}"
+        by_bucket, by_model = [unlike if how == WRONG[0] else unsound.format(n) for n in ("2 decisions", "1 decision")]
         expected += [["none", by_bucket, "none"], ["none", by_model, "none"], ["none", by_bucket]]
         expected.append(["none", "none", "none", by_bucket])
     assert gloo_ranks(3, ask) == [expected] * 3

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 Ranks = Callable[..., list[Any]]
 
 every_world = pytest.mark.parametrize("world_size", [1, 2])
-SETTINGS = ({"scope": "bucket"}, {"scope": "model"}, {"scope": "model", "vote_momentum": 0.9})
+SETTINGS = ({"tau": 0.9, "scope": "bucket"}, {"tau": 0.9, "scope": "model"}, {}, {"watch": True})
 
 
 def _train(
@@ -34,10 +34,10 @@ def _train(
     torch.manual_seed(0)
     warnings.simplefilter("ignore")  # world size 1 has nothing to filter, and says so
     model = DistributedDataParallel(nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10)).to(device))
-    state = GAFState(tau=0.9, **settings)
+    state = GAFState(**settings)
     model.register_comm_hook(state, gaf_hook)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    if settings["scope"] == "model":  # the exact skip without a sync; bucket scope has one
+    if settings.get("scope") != "bucket":  # the exact skip without a sync; bucket scope has one
         skip_on_disagreement(optimizer, state)
     inputs = torch.randn(32, 64, device=device)
     for _ in range(3):  # buckets are rebuilt, kernels compiled

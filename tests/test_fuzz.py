@@ -22,7 +22,6 @@ from gaf_ddp.kernels import fold as folds
 from gaf_ddp.kernels.signs import period_of
 from gaf_ddp.rules.agreement import decide
 from tests import oracle
-from tests.consensus_oracle import kept_by
 from tests.fuzz import DTYPES, LENGTHS, Drawn, clear_of_the_guard, fuzzed, gradients, unless_rounding_decides
 from tests.kernels.test_fold import reference
 from tests.properties import (
@@ -33,6 +32,7 @@ from tests.properties import (
     assert_scale_invariant,
     gramian_of,
 )
+from tests.rules.consensus_oracle import kept_by
 
 LONG = (*LENGTHS, 16_385, 70_000, 262_145)  # beyond the chunks that are worked on
 GRAM = {torch.float64: 1e-13}  # of |row i||row j|; 1e-5 for the others

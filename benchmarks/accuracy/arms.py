@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from benchmarks.accuracy.declare import Experiment, Labels, Rule, Run
-from benchmarks.accuracy.rules import CONSENSUS, MOMENTA, VOTE_MOMENTUM
+from benchmarks.accuracy.declare import PAST, Experiment, Labels, Rule, Run
+from benchmarks.accuracy.rules import CONSENSUS
 
 Kind = Literal["averaging", "filter", "control", "other rule", "oracle"]
 
@@ -111,7 +111,7 @@ def with_controls(key: str, arm: Arm) -> dict[str, Arm]:
     return {key: arm, f"{key}: random members": members, f"{key}: random skips": skips}
 
 
-ARMS: dict[str, Arm] = {
+_TODAY: dict[str, Arm] = {
     "averaging": Arm("averaging", "averaging", lambda e: [e.base]),
     "best lr": Arm("averaging, best lr", "averaging", _best_lr),
     "decay": Arm("averaging, weight decay 1e-2", "averaging", lambda e: [replace(e.base, weight_decay=1e-2)]),
@@ -135,19 +135,36 @@ ARMS: dict[str, Arm] = {
     **with_controls("consensus", Arm("consensus (`GAFState()`)", "filter", _ruled(CONSENSUS, lambda e: 4096.0))),
     "consensus 1024": Arm("consensus, sketches of 1024", "filter", _ruled(CONSENSUS, lambda e: 1024.0)),
     "tuned consensus": Arm("consensus, best lr", "filter", _tuned_consensus),
-    "exact consensus": Arm("consensus, exact momenta", "filter", _ruled("exact consensus", lambda e: None)),
-    # Momenta's cosines are higher than gradients', so tau is this arm's own.
-    **with_controls(
-        "momenta 0.7",
-        Arm(f"judged by momenta {VOTE_MOMENTUM:g}, tau 0.7", "filter", _ruled(MOMENTA, lambda e: 0.7)),
-    ),
 }
 
-CONSENSUS_ARMS = ("consensus", "consensus: random members", "consensus 1024", "exact consensus")
+
+def _landed(arm: Arm) -> Arm:
+    """Return an arm's runs by the code of PAST."""
+
+    def past(rule: Rule) -> Rule:
+        return replace(rule, like=past(rule.like)) if rule.like else replace(rule, name=rule.name + PAST)
+
+    title = f"{arm.title}, as of {PAST[1:]}"
+    return Arm(title, arm.kind, lambda e: [replace(run, rule=past(run.rule)) for run in arm.runs(e)])
+
+
+ARMS: dict[str, Arm] = {}
+for _name, _arm in _TODAY.items():
+    ARMS[_name] = _arm
+    if "consensus" in _name:
+        ARMS[_name + PAST] = _landed(_arm)
+
+
+def beside_landed(arms: Iterable[str]) -> tuple[str, ...]:
+    """Return the arms, each with what PAST made of it."""
+    return tuple(each for arm in arms for each in (arm, arm + PAST) if each in ARMS)
+
+
+CONSENSUS_ARMS = ("consensus", "consensus: random members", "consensus 1024")
 
 ALL = (
     "averaging", "best lr", "decay", "random members", "random skips",
-    "default", "neighborhood", "momenta 0.7", *CONSENSUS_ARMS, "sequential", "upgrad", "krum", "oracle",
+    "default", "neighborhood", *CONSENSUS_ARMS, "sequential", "upgrad", "krum", "oracle",
 )  # fmt: skip
 """What every experiment trains."""
 

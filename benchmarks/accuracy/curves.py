@@ -12,7 +12,6 @@ LINES = {  # name, and look
     "random skips": ("random skips, as often as the filter", "#d55e00", "--", "s"),
     "neighborhood": ("NeighborhoodAgreement", "#0072b2", "-", "o"),
     "tuned": ("NeighborhoodAgreement, best lr", "#56b4e9", "--", "s"),
-    "momenta 0.7": ("judged by momenta, tau 0.7", "#009e73", "-", "D"),
     "consensus": ("consensus", "#cc79a7", "-", "^"),
     "oracle": ("oracle: clean labels", "#000000", ":", ""),
 }

@@ -41,9 +41,15 @@ class Fault:
         return (self.rank, *self.others)
 
 
+PAST = "@7a1f1ee"
+
+
 @dataclass(frozen=True)
 class Rule:
     """How the ranks' gradients become one; the names are in `rules.RULES`.
+
+    A name that ends in PAST is of that commit's code, which judged in the same step and had more rules. Its runs stay
+    beside today's, and no more are made.
 
     parameter: tau for the filters, what the rule's own documentation says for the others.
     like: for the random controls, the rule whose acceptance, step by step, they repeat.
@@ -52,6 +58,11 @@ class Rule:
     name: str
     parameter: float | None = None
     like: "Rule | None" = None
+
+    @property
+    def is_past(self) -> bool:
+        """Whether this code cannot make its runs."""
+        return self.name.endswith(PAST) or (self.like is not None and self.like.is_past)
 
 
 AVERAGING = Rule("averaging")

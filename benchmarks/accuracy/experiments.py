@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from benchmarks.accuracy.arms import ALL, CONSENSUS_ARMS
+from benchmarks.accuracy.arms import ALL, CONSENSUS_ARMS, beside_landed
 from benchmarks.accuracy.declare import Experiment, Labels, Run
 from benchmarks.accuracy.on_digits import attack, broken, byzfl, classes, shift, tau, uniform
 from benchmarks.accuracy.on_text import text
@@ -10,7 +10,7 @@ from benchmarks.accuracy.on_text import text
 
 def human() -> list[Experiment]:
     """Return a small CIFAR-10 with CIFAR-10N's and other wrong labels, and without; it needs --data-dir."""
-    few = ("averaging", "best lr", "random members", "random skips", "neighborhood", "momenta 0.7",
+    few = ("averaging", "best lr", "random members", "random skips", "neighborhood",
            *CONSENSUS_ARMS, "sequential", "oracle")  # fmt: skip
     base = Run("small cifar10", "conv", (0, 1, 2, 3), 16, 400, lr=0.05, evaluate_every=25)
     least = ("averaging", "best lr", "neighborhood", "consensus", "consensus: random members", "oracle")
@@ -21,6 +21,7 @@ def human() -> list[Experiment]:
         "wrong label map on rank 0 of 4": (4, Labels("shift", (0,)), few),
         "right labels on 4 ranks": (4, Labels(), least),
         "wrong label map on rank 0, 3, 6 of 8": (8, Labels("shift", (0, 3, 6)), least),
+        "right labels on 8 ranks": (8, Labels(), ("averaging", "consensus")),
     }
     return [
         Experiment(
@@ -53,8 +54,13 @@ GROUPS: dict[str, str] = {
     "byzfl": "ByzFL's own attacks: are they left out?",
 }
 
+
+def _with_landed(e: Experiment) -> Experiment:
+    return replace(e, arms=beside_landed(e.arms), real_arms=beside_landed(e.real_arms))
+
+
 EXPERIMENTS: dict[str, Experiment] = {
-    experiment.name: experiment
+    experiment.name: _with_landed(experiment)
     for declare in (shift, broken, uniform, tau, classes, human, text, attack, byzfl)
     for experiment in declare()
 }

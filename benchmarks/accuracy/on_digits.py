@@ -25,11 +25,11 @@ def shift() -> list[Experiment]:
             "shift",
             f"digits, W={world}, batch {batch}, wrong label map on rank {', '.join(map(str, bad))}",
             replace(digits_run(world, batch, 400), labels=Labels("shift", bad)),
-            (*WITH_TUNED, "tuned consensus", "momenta 0.7: random members", *PEERS),
+            (*WITH_TUNED, "tuned consensus", *PEERS),
             bad=bad,
             lrs=(*GRID, 0.05),
             seeds=5,
-            real_arms=(*REAL, "momenta 0.7", "consensus"),
+            real_arms=(*REAL, "consensus"),
             real_seeds=3 if bad in ((0,), (0, 3, 6)) else 1,
             notes={"panel": f"W={world}, bad rank {', '.join(map(str, bad))}"},
         )
@@ -69,8 +69,8 @@ def broken() -> list[Experiment]:
 
 def attack() -> list[Experiment]:
     """Return attackers who know the rule and its constants, one and three of eight."""
-    arms = ("averaging", "best lr", "neighborhood", "momenta 0.7", "consensus", "consensus: random members",
-            "exact consensus", *PEERS, "oracle")  # fmt: skip
+    arms = ("averaging", "best lr", "neighborhood", "consensus", "consensus: random members",
+            *PEERS, "oracle")  # fmt: skip
     return [
         Experiment(
             f"attack {len(bad)} of 8", "attack", f"digits, W=8, batch 10, attackers on rank {told}",
@@ -108,7 +108,7 @@ def _of_byzfl(kind: str, bad: tuple[int, ...]) -> Experiment:
 
 def _broken(fault: Fault | None) -> Experiment:
     kind, rank = (fault.kind, fault.rank) if fault else ("none", 0)
-    few = ("averaging", "guard only", "default", "neighborhood", "momenta 0.7", "consensus", "sequential",
+    few = ("averaging", "guard only", "default", "neighborhood", "consensus", "sequential",
            "oracle")  # fmt: skip
     return Experiment(
         f"broken {kind} rank {rank}" if fault else "broken none",
@@ -119,16 +119,9 @@ def _broken(fault: Fault | None) -> Experiment:
         tau=0.95,
         bad=(rank,) if fault else (),
         lrs=(0.005, 0.02, 0.05),
-        real_arms=_repeated(kind) if fault and rank == 0 else (),
+        real_arms=("neighborhood", "consensus") if fault and rank == 0 else (),
         real_seeds=1,
         notes={"fault": kind, "rank": rank},
-    )
-
-
-def _repeated(fault: str) -> tuple[str, ...]:
-    """Return what is repeated on real ranks with this fault."""
-    return (
-        ("neighborhood", "momenta 0.7", "consensus") if fault == "a little is enough" else ("neighborhood", "consensus")
     )
 
 

@@ -1,11 +1,9 @@
 """All ranks of a run in one process, one after the other: the same numbers as DDP, ten times sooner on few cores.
 
-Only the travelling is left out. Gradients are judged by the package's own sketches, judges and `combine`. Momenta
-alone differ: under DDP they begin anew after the first step, when it lays its buckets out anew.
+Only the travelling is left out. Gradients are judged and averaged by the package's own functions, as one bucket.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,30 +12,37 @@ from benchmarks.accuracy import peers
 from benchmarks.accuracy.declare import Run
 from benchmarks.accuracy.faults import fault_named
 from benchmarks.accuracy.gradients import all_gradients
+from benchmarks.accuracy.late import OneStepLate
 from benchmarks.accuracy.rules import settings_of
 from benchmarks.accuracy.task import Task
 from benchmarks.accuracy.training import build_network, build_optimizer
-from gaf_ddp import Agreement, GAFState, combine
-from gaf_ddp.exchange.sketched import as_long_as
-from gaf_ddp.kernels.fold import fold
+from gaf_ddp import GAFState, combine, gram
+from gaf_ddp.rules.agreement import decide
+
+# From gradients (W, N), overwritten, to their average (None: no step), and who was kept (None: no filter).
+Way = Callable[[Tensor], tuple[Tensor | None, Tensor | None]]
 
 
-class Judged:
-    """What the hook decides with these settings of `GAFState`, from whole gradients `(W, N)`."""
+def at_once(state: GAFState) -> Way:
+    """Return what the hook does in model scope where it judges in the same step."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
-        self._state = GAFState(**{"scope": "model", **settings})
-
-    def __call__(self, rows: Tensor) -> Agreement:
-        """Return who counts at this step."""
-        state = self._state
-        if state.exchange == "sketch":
-            rows = torch.stack([as_long_as(*fold(row, state.sketch_size, seed=0)) for row in rows])
-        measured = state._judge.measure("gradient", rows)
-        agreement = state._judge.decide(["gradient"], measured, state._weighting_now(), state.max_norm_ratio)
-        state._judge.finish()
+    def filtered(rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        agreement = decide(gram(rows), state._weighting_now(), state.max_norm_ratio)
         state.step += 1
-        return agreement
+        return combine(rows, agreement.weights) if agreement.agreed else None, agreement.kept
+
+    return filtered
+
+
+def way_of(run: Run, counts: Sequence[int]) -> Way:
+    """Return how a run's gradients become one."""
+    settings = settings_of(run, counts)
+    if settings is None:
+        clips = run.rule.name == "clipping"
+        average = peers.clipping(run.rule.parameter or 1.0) if clips else lambda rows: rows.mean(0)
+        return lambda rows: (average(rows), None)
+    state = GAFState(**{"scope": "model", **settings})
+    return OneStepLate(state, len(run.ranks)) if state._is_late else at_once(state)
 
 
 class OneProcess:
@@ -47,10 +52,7 @@ class OneProcess:
         self._run, self._task = run, task
         self.model = build_network(run, task)
         self.optimizer = build_optimizer(run, self.model)
-        settings = settings_of(run, counts)
-        self._judge = None if settings is None else Judged(settings)
-        clips = run.rule.name == "clipping"
-        self._average = peers.clipping(run.rule.parameter or 1.0) if clips else lambda rows: rows.mean(0)
+        self._way = way_of(run, counts)
         self._fault_memory: dict[str, Tensor] = {}
         self._random = torch.Generator().manual_seed(run.seed)
 
@@ -59,13 +61,10 @@ class OneProcess:
         batches = [self._task.batch(member, index) for member in range(len(self._run.ranks))]
         rows = all_gradients(self.model, batches)
         self._break(rows)
-        if self._judge is None:
-            self._update(self._average(rows))
-            return None
-        agreement = self._judge(rows)
-        if agreement.agreed:
-            self._update(combine(rows, agreement.weights))
-        return agreement.kept
+        average, kept = self._way(rows)
+        if average is not None:
+            self._update(average)
+        return kept
 
     def _break(self, rows: Tensor) -> None:
         """Put the fault in place of the bad ranks' gradients."""

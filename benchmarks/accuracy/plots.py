@@ -83,7 +83,6 @@ COLUMNS = {
     "sequential": "Sequential\n(paper)\ntau 0.95",
     "default": "Neighbor-\nhood\ntau 1",
     "neighborhood": "Neighbor-\nhood\ntau 0.95",
-    "momenta 0.7": "by momenta\n0.9, tau 0.7",
     "consensus": "consensus\nGAFState()",
     "oracle": "without\nthe rank",
 }

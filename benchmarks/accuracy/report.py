@@ -8,7 +8,7 @@ from statistics import mean
 import torch
 
 from benchmarks.accuracy.arms import all_runs
-from benchmarks.accuracy.declare import Experiment
+from benchmarks.accuracy.declare import PAST, Experiment
 from benchmarks.accuracy.plots import draw
 from benchmarks.accuracy.store import Store
 from benchmarks.accuracy.summary import tables_of
@@ -24,8 +24,19 @@ def write(group: str, question: str, experiments: Sequence[Experiment], store: S
     picture = out / f"accuracy_{group}.png"
     draw(group, question, tables, picture)
     made_by = f"`{command}` on {machine(hardware(torch.device('cpu')))}. {_spent(experiments, store)}"
+    made_by += _past(experiments, store, f"accuracy_{group}.md")
     parts = [f"# {question}", made_by, f"![{question}]({picture.name})", LEGEND, group_text(group, tables)]
     (out / f"accuracy_{group}.md").write_text("\n\n".join(parts) + "\n")
+
+
+def _past(experiments: Sequence[Experiment], store: Store, page: str) -> str:
+    """Return what is said of runs that this code did not make."""
+    if not any(run in store for run in all_runs(experiments) if run.rule.is_past):
+        return ""
+    text = (
+        f"\n\nArms *as of {PAST[1:]}* were trained by that commit's code, which judged in the same step. Its own page, "
+    )
+    return text + f"`git show {PAST[1:]}:benchmarks/results/{page}`, has those of rules that are gone beside them."
 
 
 def _spent(experiments: Sequence[Experiment], store: Store) -> str:

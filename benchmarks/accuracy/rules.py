@@ -12,13 +12,11 @@ from torch import Tensor
 
 from benchmarks.accuracy import peers
 from benchmarks.accuracy.declare import Run
-from gaf_ddp import ConsensusAgreement, Mean, NeighborhoodAgreement, SequentialAgreement, Weighting
+from gaf_ddp import Mean, NeighborhoodAgreement, SequentialAgreement, Weighting
 from gaf_ddp.rules.weighting import present
 
 Settings = dict[str, Any]  # of GAFState, beside its scope
 
-MOMENTA = "neighborhood of momenta"  # the rule that is shown the Gramian of the momenta
-VOTE_MOMENTUM = 0.9
 CONSENSUS = "consensus"  # the default rule; its parameter is the sketch's size
 
 
@@ -77,17 +75,14 @@ def _upgrad() -> Callable[[Tensor], Tensor]:
 RULES: dict[str, Callable[[Any, int, Sequence[int]], Settings]] = {
     "guard only": lambda _, seed, counts: {"weighting": Mean()},
     "neighborhood": lambda tau, seed, counts: {"weighting": NeighborhoodAgreement(tau)},
-    MOMENTA: lambda tau, seed, counts: {"weighting": NeighborhoodAgreement(tau), "vote_momentum": VOTE_MOMENTUM},
     "sequential": lambda tau, seed, counts: {"weighting": SequentialAgreement(tau)},
     "random members": lambda _, seed, counts: {"weighting": RandomMembers(counts, seed)},
     "random skips": lambda _, seed, counts: {"weighting": RandomSkips(counts, seed)},
     "krum": lambda bad, seed, counts: {"weighting": _krum(bad)},
     "mixing": lambda bad, seed, counts: {"weighting": peers.mixing(int(bad))},
     "upgrad": lambda _, seed, counts: {"weighting": _upgrad()},
-    # As GAFState() is, save that a model of many buckets is judged once a step, as all arms are.
-    CONSENSUS: lambda size, seed, counts: {"sketch_size": int(size), "scope": "model"},
-    "running consensus": lambda size, seed, counts: {"sketch_size": int(size), "scope": "running"},
-    "exact consensus": lambda _, seed, counts: {"weighting": ConsensusAgreement(), "exchange": "sharded"},
+    # As GAFState() is by itself, up to 16 ranks.
+    CONSENSUS: lambda size, seed, counts: {"sketch_size": int(size), "judge_every": 1},
 }
 
 

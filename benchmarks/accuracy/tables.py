@@ -2,17 +2,18 @@
 
 from collections.abc import Callable, Sequence
 
-from benchmarks.accuracy.arms import title_of
+from benchmarks.accuracy.arms import beside_landed, title_of
 from benchmarks.accuracy.declare import Experiment
 from benchmarks.accuracy.summary import Row, Table, Tables
 
 LEGEND = """Accuracy on clean test data in %, mean ± standard deviation over seeds. *final*: mean of the last three
 evaluations; *best*: the highest of all (nobody can pick it without test data); *stopped*: at the highest
-accuracy on held-out training data with the labels that training sees. *kept*: share of ranks in the average,
-over all steps; *skipped*: share of steps left out. The best learning rate is picked by final test accuracy, in
-the control's favour. *on DDP ranks*: the same runs (so many of them) repeated with one process per rank
-under DistributedDataParallel (gloo) and the real hook; everything else computes the ranks one after the other in
-one process, with the same filtering functions."""
+accuracy on held-out training data with the labels that training sees. *kept*: share of ranks in the
+average, over all steps, of consensus by each step's verdict, which holds in the next; *skipped*: share of
+steps left out. The best learning rate is picked by final test accuracy, in the control's favour. *on DDP
+ranks*: the same runs (so many of them) repeated with one process per rank under DistributedDataParallel
+(gloo) and the real hook; everything else computes the ranks one after the other in one process, with the
+same filtering functions."""
 
 
 def group_text(group: str, tables: Tables) -> str:
@@ -45,7 +46,7 @@ def _experiment(experiment: Experiment, table: Table) -> str:
 
 
 def _broken(tables: Tables) -> str:
-    arms = ("averaging", "guard only", "neighborhood", "default", "momenta 0.7", "consensus", "sequential", "krum",
+    arms = ("averaging", "guard only", "neighborhood", "default", "consensus", "sequential", "krum",
             "upgrad", "oracle")  # fmt: skip
     return _faults(tables, arms, "broken rank first / last")
 
@@ -58,6 +59,7 @@ def _byzfl(tables: Tables) -> str:
 
 def _faults(tables: Tables, arms: Sequence[str], places_told: str) -> str:
     """Return faults down, arms across: final accuracy, by the bad ranks' place or number in one cell."""
+    arms = beside_landed(arms)
     faults: dict[str, dict[int, Table]] = {}
     for e, table in tables:
         faults.setdefault(e.notes["fault"], {})[e.notes["rank"]] = table

@@ -24,8 +24,8 @@ LONGEST = 1800.0  # seconds of a run on real ranks
 
 
 def make(runs: Sequence[Run], store: Store, folder: Path | None, jobs: int) -> None:
-    """Train what the store does not have yet."""
-    missing = [run for run in runs if run not in store]
+    """Train what the store does not have yet, and this code can make."""
+    missing = [run for run in runs if run not in store and not run.rule.is_past]
     alone = [run for run in missing if run.engine == "one process"]
     real = [run for run in missing if run.engine == "ddp"]
     with tqdm(total=len(runs), initial=len(runs) - len(missing), unit="run", smoothing=0.05) as bar:

@@ -12,15 +12,16 @@ from pathlib import Path
 from threading import Timer
 from typing import Any
 
-import gaf_ddp.consensus_judge
-import gaf_ddp.judges
 import torch
 import torch.distributed as dist
 
+import gaf_ddp.ballots.late
+import gaf_ddp.exchange.gather
+import gaf_ddp.exchange.pipeline
 import gaf_ddp.exchange.point_to_point
-import gaf_ddp.exchange.protocol
+import gaf_ddp.exchange.sharded
 import gaf_ddp.exchange.sketched
-import gaf_ddp.kernels.gram
+import gaf_ddp.hook
 from benchmarks.faults.declare import FAULT_STEP, VICTIM, Fault
 
 _isend = dist.isend
@@ -44,14 +45,17 @@ class Breaking:
         if self._is_due and fault.where.split()[0] in ("before", "inside", "after"):
             self._wrap(*fault.where.split())
         if self._is_due and "memory" in fault.what:
-            measured = gaf_ddp.gramian.gram
+            # What first reads a bucket, on either way.
+            for module, name in ((gaf_ddp.exchange.pipeline, "gram"), (gaf_ddp.ballots.late, "fold")):
+                vars(module)[name] = self._first(vars(module)[name])
 
-            def gram(rows: Any) -> Any:
-                self.now()
-                return measured(rows)
+    def _first(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def function(*args: Any) -> Any:
+            self.now()
+            return original(*args)
 
-            for judge in (gaf_ddp.judges, gaf_ddp.consensus_judge):
-                vars(judge)["gram"] = gram
+        return function
 
     @property
     def is_now(self) -> bool:
@@ -101,13 +105,17 @@ class Breaking:
         if seconds < math.inf:
             Timer(seconds, _run, [f"{link} up"]).start()
 
-    def _wrap(self, moment: str, collective: str) -> None:
-        for kind in (
-            gaf_ddp.sketch_exchange.SketchExchange,
-            gaf_ddp.peer.PeerExchange,
-            gaf_ddp.exchange.GatherExchange,
-        ):
-            setattr(kind, collective, _breaking(getattr(kind, collective), moment, self))
+    def _wrap(self, moment: str, place: str) -> None:
+        late = gaf_ddp.ballots.late.LateFilter
+        exchanges = [
+            gaf_ddp.exchange.sketched.SketchExchange,
+            gaf_ddp.exchange.point_to_point.PeerExchange,
+            gaf_ddp.exchange.gather.GatherExchange,
+        ]
+        own = {"average": (gaf_ddp.hook, "_late"), "ballot": (late, "_send"), "verdict": (late, "draw")}
+        places: list[tuple[Any, str]] = [own[place]] if place in own else [(kind, place) for kind in exchanges]
+        for holder, name in places:
+            setattr(holder, name, _breaking(getattr(holder, name), moment, self))
 
     @contextmanager
     def amid_messages(self) -> Iterator[None]:
@@ -116,7 +124,9 @@ class Breaking:
             yield
             return
         places = [(dist, "isend"), (dist, "all_reduce"), (dist, "all_to_all_single")]
-        places += [(module, "all_gather_single") for module in (gaf_ddp.exchange, gaf_ddp.sketch_exchange)]
+        gather, sharded = gaf_ddp.exchange.gather, gaf_ddp.exchange.sharded
+        modules = gather, sharded, gaf_ddp.exchange.sketched, gaf_ddp.ballots.late
+        places += [(module, "all_gather_single") for module in modules]
         originals = [(module, name, getattr(module, name)) for module, name in places]
         for module, name, original in originals:
             setattr(module, name, self._sending(original))
@@ -143,7 +153,7 @@ class Breaking:
 
 
 def _breaking(original: Callable[..., Any], moment: str, breaking: Breaking) -> Callable[..., Any]:
-    """Return an exchange's method that breaks before, inside or after itself and the wait it returns."""
+    """Return a method that breaks before, inside or after itself and the wait it returns."""
 
     @functools.wraps(original)
     def method(*args: Any) -> Any:

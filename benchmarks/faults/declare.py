@@ -11,10 +11,11 @@ ALLOWED = 2.0  # seconds beyond it
 # Settings of GAFState by name; None is DDP without a hook.
 SETUPS: dict[str, dict[str, Any] | None] = {
     "plain DDP": None,
-    "sketch, running": {},
-    "watching, running": {"watch": True, "check_every": 1},
-    "sketch, bucket": {"scope": "bucket"},
-    "sketch, model": {"scope": "model"},
+    "late": {},
+    "late, every second step": {"judge_every": 2, "check_every": 2},
+    "late, watching": {"watch": True, "check_every": 1},
+    "sketch, bucket": {"tau": 2.0, "exchange": "sketch"},
+    "sketch, model": {"tau": 2.0, "exchange": "sketch", "scope": "model"},
     "sharded, bucket": {"tau": 2.0, "exchange": "sharded"},
     "sharded, model": {"tau": 2.0, "exchange": "sharded", "scope": "model"},
     "gather, bucket": {"tau": 2.0, "exchange": "gather"},
@@ -29,12 +30,12 @@ class Fault(NamedTuple):
     Attributes:
         what: what happens; see `rank.Breaking`.
         where: when in the step: `"begin"`, `"middle"` or `"end"` of backward, or `"before"`, `"inside"` or
-            `"after"` one of an exchange's three collectives.
+            `"after"` one of COLLECTIVES, or of what is done ONE_STEP_LATE.
         on_all: on every rank.
         seconds: how long it lasts.
         finishes: whether training must go on as if nothing had been.
         with_plain: whether DDP without a hook has such a thing.
-        with_running: whether the consensus rule's scope has.
+        with_late: whether what judges one step late has.
     """
 
     what: str
@@ -43,7 +44,7 @@ class Fault(NamedTuple):
     seconds: float = math.inf
     finishes: bool = False
     with_plain: bool = True
-    with_running: bool = True
+    with_late: bool = True
 
     @property
     def on_links(self) -> bool:
@@ -83,18 +84,22 @@ class Fault(NamedTuple):
         }[self.what]
 
     def meets(self, setup: str) -> bool:
-        """Return whether there is such a fault with this way to average; who watches gathers nothing."""
-        gathers = "watching" not in setup or "gather" not in self.where
-        return gathers and (self.with_plain or setup != PLAIN) and (self.with_running or "running" not in setup)
+        """Return whether there is such a fault with this way to average."""
+        late, place = setup.startswith("late"), self.where.split()[-1]
+        if place in (*COLLECTIVES, *ONE_STEP_LATE):
+            return setup != PLAIN and late == (place in ONE_STEP_LATE)
+        return (self.with_plain or setup != PLAIN) and (self.with_late or not late)
 
 
-COLLECTIVES = ("scatter", "sum", "gather")
+COLLECTIVES = ("scatter", "sum", "gather")  # of an exchange
+ONE_STEP_LATE = ("average", "ballot", "verdict")
 FAULTS = [
     *(Fault("kill", where) for where in ("begin", "middle", "end")),
     *(
         Fault("kill", f"{moment} {collective}", with_plain=False)
-        for collective in COLLECTIVES
+        for collective in (*COLLECTIVES, *ONE_STEP_LATE)
         for moment in ("before", "inside", "after")
+        if (moment, collective) != ("inside", "verdict")  # it sends nothing
     ),
     Fault("stop", seconds=3, finishes=True),
     Fault("stop"),
@@ -102,11 +107,11 @@ FAULTS = [
     Fault("cut"),
     Fault("slow"),
     *(
-        Fault(f"weighting {how}", on_all=on_all, with_plain=False, with_running=False)
+        Fault(f"weighting {how}", on_all=on_all, with_plain=False, with_late=False)
         for how, on_all in (("raises", False), ("raises", True), ("is nan", False), ("is nan", True))
     ),
-    Fault("weighting is negative", with_plain=False, with_running=False),
-    Fault("weighting differs", with_plain=False, with_running=False),
+    Fault("weighting is negative", with_plain=False, with_late=False),
+    Fault("weighting differs", with_plain=False, with_late=False),
     Fault("memory", with_plain=False),
     Fault("memory", on_all=True, with_plain=False),
     Fault("device memory", with_plain=False),

@@ -114,10 +114,7 @@ def _loaded(data: Tensor, step: int) -> Tensor:
 def _state(setup: str, fault: Fault, rank: int, breaking: Breaking, group: Any) -> GAFState:
     settings = dict(SETUPS[setup] or {})
     if fault.what.startswith("weighting"):
-        settings.pop("tau", None)
-        exchange = settings.setdefault("exchange", "sketch")
-        scope = settings.setdefault("scope", "bucket")
-        return GAFState(group, weighting=_failing(fault, breaking), exchange=exchange, scope=scope)
+        settings = {**settings, "tau": None, "weighting": _failing(fault, breaking)}
     return GAFState(group, **settings)
 
 

@@ -19,16 +19,16 @@ def schedule(step: int) -> float:
 # Settings of the states, which live as long as the soak.
 SETTINGS: list[dict[str, Any]] = [
     {},
-    {"scope": "model"},
-    {"scope": "bucket", "sketch_size": 256},
+    {"judge_every": 3, "check_every": 2},
+    {"sketch_size": 256, "max_norm_ratio": 2.0},
     {"watch": True, "check_every": 3},
     {"voters": "host"},
-    {"wire_dtype": torch.bfloat16, "sketch_size": 1024},
+    {"wire_dtype": torch.bfloat16, "sketch_size": 1024, "momentum": 0.9},
     {"tau": schedule, "exchange": "sharded"},
     {"tau": schedule, "scope": "model", "wire_dtype": torch.bfloat16},
     {"tau": 1.2, "exchange": "gather", "check_every": 5},
-    {"tau": 1.0, "vote_momentum": 0.9, "scope": "model"},
-    {"weighting": ConsensusAgreement(2.0), "exchange": "sharded", "scope": "running"},
+    {"tau": 1.0, "start_step": 9, "scope": "model"},
+    {"weighting": ConsensusAgreement(2.0), "start_step": 9},
     {"weighting": SequentialAgreement(1.0), "exchange": "gather", "scope": "model"},
     {"weighting": Mean(), "exchange": "sketch", "max_norm_ratio": None},
 ]

@@ -78,8 +78,7 @@ def read(numbers: Tensor, buckets: int) -> Numbers:
     return Numbers(squares, told[:, 0], told[:, 1:3], told[:, 3], told[:, 4:])
 
 
-def affordable(world_size: int, size: int, parameters: Sequence[Tensor]) -> int:
+def affordable(world_size: int, size: int, gradient: float) -> int:
     """Return how many steps go into a ballot, so that ballots are a hundredth of the gradient's bytes."""
     ballots = 4 * world_size * size
-    gradient = sum(each.numel() * each.element_size() for each in parameters)
     return 1 if ballots <= _FREE else min(_MOST_STEPS, max(1, math.ceil(ballots / (_PART * gradient))))

@@ -211,5 +211,6 @@ class LateFilter:
         counting = Counting(work, rows, state.sketch_size, tally)
         self._sent = Sent(state.step, steps, list(self._squares), counted, check, counting)
         if state.judge_every is None:
-            self._every = affordable(self.group.size(), state.sketch_size, self._places.parameters)
+            gradient = sum(each.numel() * each.element_size() for each in self._places.parameters)
+            self._every = affordable(self.group.size(), state.sketch_size, gradient)
         self._begin_ballot()

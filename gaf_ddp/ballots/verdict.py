@@ -50,7 +50,7 @@ def draw(
         voters: who votes together.
         steps: how many steps the ballots are about.
         ratio: longest norm, in upper medians of those who count; None for no limit.
-        limits: `(buckets,)`, that held in these steps.
+        limits: `(buckets,)`, that held in these steps, and hold on where nobody had a gradient.
         counted: bool `(W,)`, who counted in them.
     """
     squares = numbers.squares / steps
@@ -75,7 +75,8 @@ def draw(
         flipped=voters.spread(found.flipped),
         finished=numbers.finished != 0,
     )
-    longest = (math.inf if ratio is None else ratio) * upper_median(norms, counting[:, None] & (norms > 0))
+    median = upper_median(norms, counting[:, None] & (norms > 0))
+    longest = torch.where(median < math.inf, (math.inf if ratio is None else ratio) * median, limits)
     alike = norms.isfinite() & (norms <= limits) & ((norms > 0) | (norms == 0).all(0))
     return Verdict(kept, longest, agreement, guarded=not bool(alike[counted].all()))
 

@@ -1,4 +1,4 @@
-"""What trials of the hook found: situations in which a filter goes wrong silently, or hangs. Each with the right value."""
+"""What trials of the hook found: where a filter goes wrong silently, or hangs; each with the right value."""
 
 from collections.abc import Callable
 from typing import Any
@@ -207,7 +207,7 @@ def vote_by_hosts(device: torch.device, bad: list[int]) -> list[list[bool]]:
     hosts.socket.gethostname = lambda: names[dist.get_rank()]  # type: ignore[attr-defined]
     model, state = ddp(Probe(SIZES), device, **TINY), GAFState(voters="host")
     model.register_comm_hook(state, gaf_hook)
-    kept = []
+    kept: list[list[bool]] = []
     for seed in range(12):
         gradients = agreeing_gradients(5, N, seed)
         gradients[bad] *= -1

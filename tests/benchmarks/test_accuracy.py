@@ -10,14 +10,17 @@ import pytest
 import torch
 
 from benchmarks.accuracy.__main__ import main
-from benchmarks.accuracy.arms import ARMS
-from benchmarks.accuracy.declare import Fault, Rule, Run
+from benchmarks.accuracy.arms import ARMS, runs_of
+from benchmarks.accuracy.declare import PAST, Fault, Rule, Run
 from benchmarks.accuracy.experiments import EXPERIMENTS
 from benchmarks.accuracy.one_process import OneProcess
 from benchmarks.accuracy.real_ranks import train_rank
+from benchmarks.accuracy.store import Store
 from benchmarks.accuracy.task import build_task
 from benchmarks.accuracy.training import Record, train
+from benchmarks.accuracy.work import make
 
+CONSENSUS = Rule("consensus", 4096.0)
 SHORT = Run("digits", "mlp", (0, 1, 2), 16, steps=30, lr=0.05, evaluate_every=10)
 
 Case = tuple[Run, tuple[int, ...]]  # and how many ranks the run that it repeats kept
@@ -58,6 +61,9 @@ def test_real_ranks_compute_what_one_process_does(gloo_ranks: Callable[..., list
         (shifted, ()),
         (replace(shifted, rule=Rule("neighborhood", 0.9)), ()),
         (replace(shifted, rule=Rule("random members", like=Rule("neighborhood", 0.9))), counts),
+        (replace(shifted, rule=CONSENSUS), ()),
+        (replace(SHORT, fault=Fault("NaN", 1), rule=CONSENSUS), ()),
+        (replace(SHORT, fault=Fault("x1000", 2), rule=CONSENSUS), ()),
         (replace(SHORT, fault=Fault("inner product", 1)), ()),
         (replace(SHORT, fault=Fault("a little is enough", 0), rule=Rule("upgrad")), ()),
         (replace(SHORT, fault=Fault("stuck at its first", 2), rule=Rule("sequential", 0.9)), ()),
@@ -79,6 +85,19 @@ def test_a_diverged_run_keeps_its_last_accuracy() -> None:
     record = alone(replace(SHORT, fault=Fault("NaN", 0)))
     assert len(record["curve"]) == 3
     assert record["final"] < 20
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("NaN", 0.0), ("x(-10)", 0.2), ("inner product", 0.2)])
+def test_consensus_leaves_out_a_broken_rank_one_step_late(kind: str, kept: float) -> None:
+    record = alone(replace(SHORT, ranks=tuple(range(5)), fault=Fault(kind, 0), rule=CONSENSUS))
+    assert record["kept_by_rank"][0] <= kept
+    assert min(record["kept_by_rank"][1:]) == 1
+    assert record["final"] > 60
+
+
+def test_past_rules_are_not_made_again(tmp_path: Path) -> None:
+    make(runs_of(EXPERIMENTS["shift w3 bad 1"], f"consensus{PAST}"), Store(tmp_path / "runs.jsonl"), None, 1)
+    assert not (tmp_path / "runs.jsonl").exists()
 
 
 def test_names_and_declarations_are_unique() -> None:

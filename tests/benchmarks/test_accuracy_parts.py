@@ -10,7 +10,7 @@ import torch
 import benchmarks
 from benchmarks.accuracy import harm, peers, text
 from benchmarks.accuracy.arms import ARMS, PEERS, all_runs, runs_of
-from benchmarks.accuracy.declare import Fault, Labels, Rule, Run, plain
+from benchmarks.accuracy.declare import PAST, Fault, Labels, Rule, Run, plain
 from benchmarks.accuracy.experiments import EXPERIMENTS
 from benchmarks.accuracy.faults import FAULTS, INSIDER, fault_named
 from benchmarks.accuracy.gradients import all_gradients
@@ -19,7 +19,7 @@ from benchmarks.accuracy.store import Store
 from benchmarks.accuracy.summary import tables_of
 from benchmarks.accuracy.task import build_task
 from benchmarks.accuracy.transformer import Transformer
-from gaf_ddp.rules.consensus import judge
+from gaf_ddp.rules.consensus import distances
 from gaf_ddp.rules.memory import MOMENTUM
 from launch.models import build_model
 
@@ -99,7 +99,7 @@ def test_attackers_who_know_the_rule_stay_just_within_its_reach() -> None:
         honest = 0.1 + torch.randn(7, 200, generator=random)
         sent = FAULTS[INSIDER](honest, honest[0], memory, random)
         momenta = MOMENTUM * momenta + torch.vstack([sent, honest])
-        z = judge(momenta @ momenta.T, torch.ones(8, dtype=torch.bool))[0]
+        z = distances(momenta @ momenta.T, torch.ones(8, dtype=torch.bool))[0]
     assert 2.4 < float(z[0]) < 3.2
     assert float(momenta[0] @ momenta[1:].mean(0)) < float(momenta[1:].mean(0).square().sum())
 
@@ -172,10 +172,23 @@ def test_a_declaration_is_what_differs_from_the_defaults() -> None:
 
 
 def test_every_committed_run_is_declared() -> None:
-    """Else it would be made again: a declaration has changed since."""
+    """Else it would be made again: a declaration has changed since. What PAST alone had is history."""
     lines = (Path(benchmarks.__file__).parent / "results" / "accuracy_runs.jsonl").read_text().splitlines()
     declared = {run.key for run in all_runs(EXPERIMENTS.values())}
-    assert {json.dumps(json.loads(line)["run"], sort_keys=True) for line in lines} <= declared
+    runs = [json.loads(line)["run"] for line in lines]
+    made = [run for run in runs if PAST not in json.dumps(run.get("rule", {}))]
+    assert {json.dumps(run, sort_keys=True) for run in made} <= declared
+    assert len(made) < len(runs)
+
+
+def test_landed_runs_stand_beside_todays() -> None:
+    store = Store(Path(benchmarks.__file__).parent / "results" / "accuracy_runs.jsonl")
+    experiment = EXPERIMENTS["shift w4 bad 0"]
+    assert all(run in store for run in runs_of(experiment, f"consensus{PAST}"))
+    [(_, table)] = tables_of([experiment], store)
+    assert table[f"consensus{PAST}"].title == "consensus (`GAFState()`), as of 7a1f1ee"
+    assert list(ARMS).index(f"consensus{PAST}") == list(ARMS).index("consensus") + 1
+    assert table[f"consensus: random members{PAST}"].kind == "control"
 
 
 def test_store_survives_a_torn_line(tmp_path: Path) -> None:
@@ -225,7 +238,7 @@ def test_no_harm_is_the_difference_over_seeds_in_cells_without_bad_ranks(tmp_pat
     harm.write([clean, replace(clean, title="the same"), bad], store, tmp_path)
     lines = (tmp_path / "accuracy_harm.md").read_text().splitlines()
     assert [line for line in lines if line.startswith("| digits")] == [
-        f"| {clean.title} | 93.0 | +0.50 ± 0.29 | 90.0 % | 20.0 % | 3 |"
+        f"| {clean.title} | 93.0 | +0.50 ± 0.29 | 90.0 % | 20.0 % | 3 |  |"
     ]
 
 

@@ -10,11 +10,12 @@ from benchmarks.faults.declare import FAULTS, PLAIN, SETUPS, Fault
 from benchmarks.faults.job import Outcome, run
 
 CASES = {
-    ("sketch, running", "killed inside sum"): "gaf_ddp: step 3",
+    ("late", "killed inside ballot"): "onnection",
     ("sharded, model", "killed after scatter"): "gaf_ddp: step 3",
     ("gather, bucket", "weighting returns NaN on all ranks"): r"weighting must return finite weights >= 0",
-    ("sketch, running", "stopped for 3 s"): "^$",
-    ("sketch, model", "torch.OutOfMemoryError in the hook on one rank"): "gaf_ddp: step 3",
+    ("late", "stopped for 3 s"): "^$",
+    ("late", "hook missing on one rank"): "is the hook on every rank.*lost rank",
+    ("late", "torch.OutOfMemoryError in the hook on one rank"): "onnection",
 }
 BY_NAME = {fault.name: fault for fault in FAULTS}
 
@@ -35,10 +36,12 @@ def test_every_fault_is_named_and_met() -> None:
     assert len(BY_NAME) == len(FAULTS)
     assert all(any(fault.meets(setup) for setup in SETUPS) for fault in FAULTS)
     assert not BY_NAME["killed inside sum"].meets(PLAIN)
+    assert not BY_NAME["killed inside sum"].meets("late")
+    assert not BY_NAME["killed inside ballot"].meets("sketch, model")
 
 
 def test_the_table_shows_what_is_wrong() -> None:
-    fault, setup = Fault("kill", "end"), "sketch, running"
+    fault, setup = Fault("kill", "end"), "late"
     fine = Outcome(setup, fault, "raised", 0.1, 0.2, True, ["RuntimeError: lost rank 1"], "nothing")
     bad = [fine._replace(verdict="HANG"), fine._replace(equal=False), fine._replace(seconds=10.5)]
     bad += [fine._replace(fault=Fault("stop", seconds=3, finishes=True))]

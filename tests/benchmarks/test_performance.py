@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import benchmarks
-from benchmarks.cost import WORLD_SIZES, Constants, all_reduce, leaving, sketch
+from benchmarks.cost import WORLD_SIZES, Constants, all_reduce, late, leaving, sketch, steps_of_a_ballot
+from benchmarks.late import verdict_of
 from benchmarks.measure import read_runs, write_json
+from gaf_ddp.ballots.verdict import Verdict
 
 ROOT = Path(benchmarks.__file__).parent.parent
 
@@ -28,8 +31,8 @@ def run(module: str, output: Path, *arguments: str, ranks: int | None = 2) -> An
 def test_collectives(tmp_path: Path) -> None:
     result = run("benchmarks.collectives", tmp_path / "out.json")
     assert {row["collective"] for row in result["rows"]} == {
-        "all_reduce", "reduce_scatter", "all_gather", "all_to_all", "gaf_sketch", "gaf_sharded",
-        "gaf_gather",
+        "all_reduce", "reduce_scatter", "all_gather", "all_to_all", "gaf_late", "gaf_sketch",
+        "gaf_sharded", "gaf_gather",
     }  # fmt: skip
     assert all(row["wrong"] == 0 and row["time_us"] > 0 for row in result["rows"])
     assert result["hardware"]["world_size"] == 2
@@ -40,7 +43,7 @@ def test_step_time(tmp_path: Path) -> None:
     result = run("benchmarks.step_time", tmp_path / "out.json", "--interface", "lo")
     rows = {row["hook"]: row for row in result["rows"]}
     assert rows["ddp"]["backward"]["median"] == 1
-    assert rows["gaf-bucket-sharded"]["backward_ms"] > 0
+    assert all(rows[hook]["backward_ms"] > 0 for hook in ("gaf", "gaf-bucket-sharded"))
 
 
 def test_runs_are_appended_to_those_of_a_file(tmp_path: Path) -> None:
@@ -65,6 +68,10 @@ def test_step_time_rejects_an_unknown_hook(tmp_path: Path) -> None:
 def test_filtering(tmp_path: Path) -> None:
     result = run("benchmarks.filtering", tmp_path / "out.json", "--device", "cpu", ranks=None)
     assert {row["W"] for row in result["rows"]} == {2, 8}
+    assert all(
+        row["GBps"][name] > 0 for row in result["rows"] if "GBps" in row for name in ("fold", "scale", "correct")
+    )
+    assert all(row["decision_us"]["draw"] > 0 for row in result["rows"] if "decision_us" in row)
 
 
 @pytest.mark.job
@@ -75,6 +82,8 @@ def test_scaling(tmp_path: Path) -> None:
     assert sorted(rows) == [2**i for i in range(1, 11)]
     assert rows[2]["measured"]["sharded"] > 0
     assert rows[2]["measured"]["sketch"] > 0
+    assert rows[2]["measured"]["late"] > 0
+    assert rows[1024]["verdict_us"] > 0
     # The model's bytes: an all-reduce's, and to the bucket's the Gramian's, a triangle beyond 64 ranks, and a row.
     assert rows[64]["sharded"]["bytes_ratio"] == pytest.approx(1 + 8 * (64**2 + 64) / 2**20)
     assert rows[128]["sharded"]["bytes_ratio"] == pytest.approx(1 + 8 * (128 * 129 / 2 + 128) / 2**20)
@@ -91,13 +100,34 @@ def test_scaling_by_ranks_per_host(tmp_path: Path) -> None:
     assert (tmp_path / "out.png").stat().st_size > 10_000
 
 
+FREE = Constants(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, dict.fromkeys(WORLD_SIZES, 0.0), dict.fromkeys(WORLD_SIZES, 0.0))
+
+
 @pytest.mark.parametrize(("ranks", "measured"), [(4, 1.011), (2, 1.008)])
 def test_sketches_send_what_was_measured_of_resnet18(ranks: int, measured: float) -> None:
     """45 MB in DDP's three buckets, eight ranks; cost.md has what was measured."""
-    costs = Constants(0.0, 0.0, 0.0, 0.0, 0.0, dict.fromkeys(WORLD_SIZES, 0.0))
     bucket = 44.7e6 / 3
-    ratio = sketch(8, bucket, costs, ranks).bytes_sent / all_reduce(8, bucket, costs).bytes_sent
+    ratio = sketch(8, bucket, FREE, ranks).bytes_sent / all_reduce(8, bucket, FREE).bytes_sent
     assert ratio == pytest.approx(measured, abs=0.0025)
+
+
+@pytest.mark.parametrize(("world", "steps"), [(8, 1), (16, 1), (64, 4), (1024, 8)])
+def test_one_step_late_sends_a_share_and_ballots_beside_an_all_reduce(world: int, steps: int) -> None:
+    size = 25 * 2**20
+    assert steps_of_a_ballot(world, size) == steps
+    more = late(world, size, FREE).bytes_sent - all_reduce(world, size, FREE).bytes_sent
+    assert more == pytest.approx(2 * (world - 1) / world * 16 + 4 * 4096 * (world - 1) / steps)
+
+
+def test_a_verdict_that_is_timed_keeps_everyone_every_time() -> None:
+    parts = verdict_of(8, torch.device("cpu"))
+    for _ in range(60):
+        verdict = parts["draw"]()
+        assert isinstance(verdict, Verdict)
+        assert verdict.kept.all()
+    tallied = parts["tally"]()
+    assert isinstance(tallied, torch.Tensor)
+    assert tallied.shape == (16, 16)
 
 
 @pytest.mark.parametrize(("hosts", "ranks", "measured"), [(4, 1, 1.0), (2, 2, 1.33), (2, 4, 2.29), (4, 2, 1.71)])

@@ -38,7 +38,6 @@ def test_other_options_work_together(gloo_ranks: RunRanks, tmp_path: Path) -> No
     job = "--data digits --model conv --augment --label-noise 0.2 --corrupt-ranks none --compare gaf,average "
     job += "--scope bucket --exchange gather --wire-dtype bf16 --max-norm-ratio none --start-step 3 --tau 1.2 "
     job += "--optimizer adamw --lr 0.002 --schedule cosine --amp bf16 --epochs 0.2 --seeds 2 --seed 7"
-    job += " --vote-momentum 0.9"
     assert [outcome.code for outcome in run_job(gloo_ranks, 2, [*job.split(), "--out", tmp_path])] == [0, 0]
     outcome = job_results(tmp_path)
     assert {method: [run.seed for run in runs] for method, runs in outcome.items()} == {

@@ -41,7 +41,6 @@ def test_the_demonstration_needs_no_arguments() -> None:
             "--compare: must be different methods out of average,gaf,consensus,paper; found 'mean'",
         ),
         ("--data mnist", "--data: invalid choice: 'mnist'"),
-        ("--vote-momentum 1", r"--vote-momentum: must be a number in \[0, 0.999\], found '1'"),
         ("--max-norm-ratio 0.5", "--max-norm-ratio: must be a number at least 1, found '0.5'"),
         ("--steps 5 --epochs 1", "--epochs: not allowed with argument --steps"),
         ("--method gaf --compare", "--compare: not allowed with argument --method"),
