@@ -25,8 +25,8 @@ from benchmarks.cost import SKETCH_SIZE
 from benchmarks.late import verdict_of
 from benchmarks.measure import banner, calls_at_once, hardware, interleaved, say, write_json
 from gaf_ddp import ConsensusAgreement, NeighborhoodAgreement, SequentialAgreement, Weighting, combine, gram
-from gaf_ddp.checks.replicas import hash_bits
 from gaf_ddp.kernels.fold import fold, whole
+from gaf_ddp.kernels.hash import hash_bits
 from gaf_ddp.kernels.scale import correct, scale
 from gaf_ddp.rules.agreement import decide
 

@@ -1,6 +1,6 @@
 """What GAFState may be told, and what every rank must have been told alike."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -60,6 +60,20 @@ def require_valid(**settings: object) -> None:
     for name, value in settings.items():
         words, holds = RULES[name]
         require(holds(value), f"{name} must be {words}", value)
+
+
+def require_assignable(held: Mapping[str, Any], name: str, value: object) -> None:
+    """Raise AttributeError if a state that holds these attributes takes none of this name now.
+
+    ValueError if it would, but breaks its rule.
+    """
+    if name not in RULES:
+        return
+    if name not in ASSIGNABLE and held.get("_is_connected", False):
+        raise AttributeError(f"{name} holds from the first bucket on: make a new GAFState for a new model")
+    require_valid(**{name: value})
+    if name in ("tau", "weighting") and "step" in held and held["_ratio"] is not None and value is not None:
+        raise AttributeError(f"{name} cannot be assigned where the consensus rule judges: make a new GAFState")
 
 
 def resolve(ratio: float | None, scope: str | None, exchange: str, voters: str) -> tuple[str, str]:

@@ -16,10 +16,8 @@ from gaf_ddp.rules.agreement import Agreement
 from gaf_ddp.rules.memory import MOMENTUM
 from gaf_ddp.rules.neighborhood import NeighborhoodAgreement
 from gaf_ddp.rules.weighting import Mean, require_tau
+from gaf_ddp.saving import from_dict, to_dict
 from gaf_ddp.settings import require
-
-_NOTHING = b"-"  # no memory; `torch.load` refuses b"" where it unpickles no code
-_VERSION = 3  # of what `state_dict` returns
 
 
 class GAFState:
@@ -66,13 +64,11 @@ class GAFState:
 
     Attributes:
         step: synchronised backwards seen so far.
-        agreement: the last step's `Agreement`; None before the first step. With the consensus rule the record of the
-            last ballots, on the host, for which it waits; else on the device, and in bucket scope each field has a
-            leading dimension, one entry per bucket.
-        decisions: the same, each with the parameters it was about.
+        agreement: the last step's `Agreement`, on the device, in bucket scope stacked; with the consensus rule that of
+            the last ballots, on the host, for which it waits. None before the first.
+        decisions: the same by bucket, each with the parameters it was about.
 
-    Memory: the consensus rule 2 W k numbers, tau and weighting as their exchange. A pickled state leaves process group
-    and what was on its way behind.
+    Memory: the consensus rule 2 W k numbers, tau and weighting as their exchange. A pickled state leaves its group behind.
 
     Raises:
         ValueError: a setting is out of its range; the message names it.
@@ -119,19 +115,14 @@ class GAFState:
 
         self.step = 0
         self._records = Records()
-        self._judge = None if self._ratio is None else Judge(self._ratio, self.momentum)
+        self._judge = self._new_judge()
         self._awaits_hook = False  # attached, and no step since
         self._way: Any = None  # what buckets go through, and whose they are: `connect` makes them
         self._model: Any = None
 
     def __setattr__(self, name: str, value: object) -> None:
         """Assign a setting; AttributeError for those that hold from the first bucket on."""
-        if name in settings.RULES:
-            if name not in settings.ASSIGNABLE and self.__dict__.get("_is_connected", False):
-                raise AttributeError(f"{name} holds from the first bucket on: make a new GAFState for a new model")
-            settings.require_valid(**{name: value})
-        if name in ("tau", "weighting") and "step" in self.__dict__ and self._ratio is not None and value is not None:
-            raise AttributeError(f"{name} cannot be assigned where the consensus rule judges: make a new GAFState")
+        settings.require_assignable(self.__dict__, name, value)
         super().__setattr__(name, value)
 
     @property
@@ -143,20 +134,18 @@ class GAFState:
     @property
     def agreement(self) -> Agreement | None:
         """The last step's record; in bucket scope each field has a leading dimension, one entry per bucket."""
-        decisions = self.decisions
-        if not decisions:
-            return None
-        if self.scope == "model" or self._is_late:
-            return decisions[0].agreement
-        return Agreement.stack([decision.agreement for decision in decisions])
+        records = [decision.agreement for decision in self.decisions]
+        if self.scope == "bucket" and not self._is_late and records:
+            return Agreement.stack(records)
+        return records[0] if records else None
 
     def summary(self, reset: bool = True) -> dict[str, float]:
         """Return the statistics since the last reset, see `monitor.totals.summary`; waits for the last step's.
 
         `gaf/out_rank_00` … beside them: for how many steps in a row that rank has been left out, up to now.
 
-        Logs warnings, the group's first rank for all: when more than half of the decisions found no agreement; of
-        ranks that were out for 200 steps in a row, once in 1000 steps, without being asked too.
+        Logs warnings, the group's first rank for all: of decisions that found no agreement, if most did not; of
+        ranks that were out for 200 steps in a row, once in 1000 steps.
 
         Raises:
             ValueError: ranks decided by unlike settings, or a weighting returned what is no weight.
@@ -171,8 +160,7 @@ class GAFState:
     def report(self) -> Report:
         """Return where each rank stands since training began: `str` for people, `as_dict()` for programs.
 
-        No `summary()` resets it, `state_dict()` saves it, another world size begins it anew. Waits and raises as
-        `summary()` does.
+        `state_dict()` saves it, another world size begins it anew. Waits and raises as `summary()` does.
         """
         self._catch_up()
         return self._records.statistics.report(self.step, self.max_norm_ratio)
@@ -180,13 +168,10 @@ class GAFState:
     def state_dict(self) -> dict[str, Any]:
         """Return what training needs to go on, at a host sync: step, statistics, the consensus rule's memory.
 
-        Plain numbers in lists, and bytes without code, the same keys always: it loads through
-        torch.distributed.checkpoint into a fresh state, and at another world size. A ballot of several steps that
-        is not full yet (`judge_every`) is not in it.
+        Plain numbers in lists, and bytes without code, the same keys always: torch.distributed.checkpoint can load it.
+        A ballot of several steps that is not full yet (`judge_every`) is not in it.
         """
-        self._catch_up()
-        memory = _NOTHING if self._judge is None else self._judge.dump()
-        return {"version": _VERSION, "step": self.step, "memory": memory, **self._records.statistics.state_dict()}
+        return to_dict(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore `state_dict()`; the world size may differ, what is known of ranks then starts anew.
@@ -194,28 +179,20 @@ class GAFState:
         Raises:
             ValueError: state_dict is not what `state_dict()` returns; nothing is changed then.
         """
-        self._catch_up()
-        _require_saved(state_dict)
-        judge, memory = None if self._ratio is None else Judge(self._ratio, self.momentum), state_dict["memory"]
-        if judge is not None and memory != _NOTHING:
-            judge.load(memory)
-        self._records.statistics.load_state_dict(state_dict)
-        self.step, self._judge = state_dict["step"], judge
-        if hasattr(self._way, "recall"):
-            self._way.recall()
+        from_dict(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return everything but the process group, what hangs on it, and the memory of ranks' gradients."""
-        judge = None if self._ratio is None else Judge(self._ratio, self.momentum)
         left: dict[str, Any] = {"process_group": None, "_way": None, "_model": None, "_is_connected": False}
-        return {**self.__dict__, **left, "_judge": judge, "_awaits_hook": False}
-
-    # What follows is for the hook, the engines, attach and skip_on_disagreement.
+        return {**self.__dict__, **left, "_judge": self._new_judge(), "_awaits_hook": False}
 
     @property
     def _is_late(self) -> bool:
         """Whether gradients are judged one step late."""
         return self._ratio is not None or self.watch
+
+    def _new_judge(self) -> Judge | None:
+        return None if self._ratio is None else Judge(self._ratio, self.momentum)
 
     def _catch_up(self) -> None:
         """Read what is still on its way from the other ranks or from the device."""
@@ -224,11 +201,10 @@ class GAFState:
         self._records.read(self.max_consecutive_skips)
 
     def _weighting_now(self) -> Callable[[Tensor], Tensor]:
+        """Return the rule of this step, where that is not the consensus."""
         if self.step < self.start_step:
             return Mean()
-        if self.weighting is not None:
-            return self.weighting
-        return NeighborhoodAgreement(self._tau_now())
+        return self.weighting or NeighborhoodAgreement(self._tau_now())
 
     def _tau_now(self) -> float:
         assert self.tau is not None
@@ -237,15 +213,3 @@ class GAFState:
     def _end_step(self) -> None:
         self.step += 1
         self._awaits_hook = False
-
-
-def _require_saved(state_dict: Any) -> None:
-    """Raise ValueError unless this is a state dict of `GAFState`, as far as it can be seen from outside."""
-    found = state_dict.get("version", _VERSION) if isinstance(state_dict, dict) else _VERSION
-    require(found == _VERSION, f"state_dict's version must be {_VERSION}", found)
-    keys = set(state_dict) if isinstance(state_dict, dict) else state_dict
-    names = {"memory", "totals", "reset", "history", "step", "version"}
-    require(keys == names, f"state_dict must hold {sorted(names)}", keys)
-    step, memory = state_dict["step"], state_dict["memory"]
-    require(type(step) is int and step >= 0, "state_dict's step must be an integer >= 0", step)
-    require(isinstance(memory, bytes), "state_dict's memory must be bytes", memory)

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 Ranks = Callable[..., list[Any]]
 
 every_world = pytest.mark.parametrize("world_size", [1, 2])
-SETTINGS: tuple[dict[str, Any], ...] = ({"tau": 0.9, "scope": "bucket"}, {"tau": 0.9, "scope": "model"}, {}, {"watch": True})
+SETTINGS: list[dict[str, Any]] = [{"tau": 0.9, "scope": s} for s in ("bucket", "model")] + [{}, {"watch": True}]
 
 
 def _train(

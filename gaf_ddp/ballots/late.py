@@ -23,10 +23,11 @@ from gaf_ddp.ballots.limits import Limits, to_device
 from gaf_ddp.ballots.places import Key, Places
 from gaf_ddp.ballots.verdict import Verdict, draw, watch
 from gaf_ddp.ballots.voters import Voters
-from gaf_ddp.checks.replicas import hash_bits, require_equal
+from gaf_ddp.checks.replicas import require_equal
 from gaf_ddp.checks.sums import SumCheck, require_sums
 from gaf_ddp.kernels.fold import Spans, fold
 from gaf_ddp.kernels.gram import gram
+from gaf_ddp.kernels.hash import hash_bits
 from gaf_ddp.kernels.scale import scale
 from gaf_ddp.monitor.records import Decision
 from gaf_ddp.runtime.collectives import all_gather_single

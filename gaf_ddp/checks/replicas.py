@@ -1,20 +1,17 @@
 """Are the replicas still the same? Hashes of their bits, compared between the ranks, name those that differ."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gaf_ddp.kernels.hash import hash_bits
 from gaf_ddp.runtime.collectives import all_gather_single, all_gather_text
 from gaf_ddp.runtime.device import on_host
 from gaf_ddp.runtime.hosts import machine, own_host
-
-_COLUMNS = 4096  # of the matrix that a tensor is hashed as
-_BLOCK = 2**15, 2**24  # numbers hashed at a time, each in 8 bytes: in the CPU's cache, and on an accelerator
-_WORDS = {1: torch.uint8, 2: torch.int16}  # by bytes of an element; else int32
 
 
 def check_replicas(
@@ -138,46 +135,6 @@ def differing(values: Sequence[int | None], hosts: Sequence[str]) -> str:
     if common is not None:
         return f"found others on {' and '.join(named)} than on most"
     return f"found no majority, but others on {' than on '.join(named)}"
-
-
-def hash_bits(tensors: Iterable[Tensor | None], device: torch.device) -> Tensor:
-    """Return an int64 `()` on the device that follows from every bit of the tensors and from its place.
-
-    The sum, modulo 2^64, of the elements' bits, each times an odd pseudo-random number of its place: equal for
-    unequal tensors in one of 2^31 cases, with bits flipped, elements swapped or negated. Never waits for
-    an accelerator. None counts as a tensor without elements.
-    """
-    total, row = torch.zeros((), dtype=torch.int64, device=device), 0
-    for tensor in tensors:
-        row += 1
-        if tensor is None or not tensor.numel():
-            continue
-        rows = _hashed_rows(tensor.detach().contiguous().view(-1))
-        total += (rows * _multipliers(row, len(rows), rows.device)).sum().to(device)
-        row += len(rows)
-    return total
-
-
-def _hashed_rows(flat: Tensor) -> Tensor:
-    """Return the sums of a vector's bits, in rows of 4096 and what is left, by their columns' numbers, int64."""
-    words = flat.view(_WORDS.get(flat.element_size(), torch.int32))
-    columns = _multipliers(2**40, min(_COLUMNS, len(words)), words.device)
-    whole = len(words) // _COLUMNS * _COLUMNS
-    rest = words[whole:]
-    rows = [(rest * columns[: len(rest)]).sum(0, keepdim=True)]
-    if whole:
-        blocks = words[:whole].view(-1, _COLUMNS).split(_BLOCK[flat.device.type != "cpu"] // _COLUMNS)
-        product = torch.empty_like(blocks[0], dtype=torch.int64)  # taken once: new memory is slower than all else
-        rows += [torch.mul(block, columns, out=product[: len(block)]).sum(1) for block in blocks]
-    return torch.cat(rows)
-
-
-def _multipliers(first: int, count: int, device: torch.device) -> Tensor:
-    """Return odd pseudo-random numbers for so many places, int64 `(count,)`: splitmix64's steps."""
-    mixed = torch.arange(first, first + count, device=device) * -0x61C8864680B583EB
-    mixed = (mixed ^ (mixed >> 30)) * -0x40A7B892E31B1A47
-    mixed = (mixed ^ (mixed >> 27)) * -0x6B2FB644ECCEEE15
-    return (mixed ^ (mixed >> 31)) | 1
 
 
 def gathered(own: Tensor, group: dist.ProcessGroup) -> Tensor:

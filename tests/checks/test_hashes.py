@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gaf_ddp.checks.replicas import hash_bits
+from gaf_ddp.kernels.hash import hash_bits
 from tests.checks.faults import flip
 from tests.syncs import HostSyncs
 
