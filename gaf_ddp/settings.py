@@ -67,11 +67,10 @@ def require_assignable(held: Mapping[str, Any], name: str, value: object) -> Non
 
     ValueError if it would, but breaks its rule.
     """
-    if name not in RULES:
-        return
-    if name not in ASSIGNABLE and held.get("_is_connected", False):
+    if name in RULES and name not in ASSIGNABLE and held.get("_is_connected", False):
         raise AttributeError(f"{name} holds from the first bucket on: make a new GAFState for a new model")
-    require_valid(**{name: value})
+    if name in RULES:
+        require_valid(**{name: value})
     if name in ("tau", "weighting") and "step" in held and held["_ratio"] is not None and value is not None:
         raise AttributeError(f"{name} cannot be assigned where the consensus rule judges: make a new GAFState")
 

@@ -42,25 +42,22 @@ class GAFState:
             ranks voted with. With tau and weighting the parameters alone. Never under FSDP2.
 
     For tau and weighting:
-        scope: `"bucket"` (None), one decision per DDP bucket; `"model"`, one per step from the Gramian of the whole
-            gradient (the paper's meaning), which is averaged after it.
-        exchange: `"sharded"` (a ring all-reduce's bytes per rank), `"gather"` (the plain reading), `"sketch"` (cosines
-            to 1/√sketch_size, the library's all-reduce). `"auto"`: sharded, on accelerators gather for the smallest
-            buckets.
+        scope: `"bucket"` (None), one decision per DDP bucket; `"model"`, one per step on the whole gradient (the
+            paper's meaning), which is averaged after it.
+        exchange: `"sharded"` (a ring all-reduce's bytes), `"gather"` (the plain reading), `"sketch"` (cosines to
+            1/√sketch_size, the library's all-reduce). `"auto"`: sharded; on accelerators gather for small buckets.
         max_consecutive_skips: end with RuntimeError, on every rank, once nothing agreed in more steps in a row; on
             accelerators a step later.
 
     For both:
         process_group: the group DDP was built with; None is the default group at the first bucket.
         start_step: plain averaging before this step.
-        wire_dtype: dtype the gradients travel in, e.g. `torch.bfloat16`. What float16 cannot hold, beyond 65504 or
-            below 6e-8, becomes inf or 0.
+        wire_dtype: dtype the gradients travel in, e.g. `torch.bfloat16`.
         max_norm_ratio: longest gradient in upper median norms of the ranks that count. The consensus rule shortens a
             longer one to it, by the last verdict's norms; with tau and weighting it has no vote. None is no limit.
 
-    tau, weighting, start_step, max_norm_ratio and watch may be assigned while training, on every rank alike; the
-    others raise AttributeError after the first bucket. A difference between ranks is raised on all, a step later at
-    most. One state is for one model.
+    tau, weighting, start_step, max_norm_ratio and watch may be assigned while training, on every rank alike; a
+    difference is raised on all, a step later at most. The others hold from the first bucket on. One state, one model.
 
     Attributes:
         step: synchronised backwards seen so far.
@@ -68,7 +65,7 @@ class GAFState:
             the last ballots, on the host, for which it waits. None before the first.
         decisions: the same by bucket, each with the parameters it was about.
 
-    Memory: the consensus rule 2 W k numbers, tau and weighting as their exchange. A pickled state leaves its group behind.
+    Memory: the consensus rule 2 W k numbers, tau and weighting as their exchange. Pickled, it leaves its group behind.
 
     Raises:
         ValueError: a setting is out of its range; the message names it.
@@ -148,8 +145,7 @@ class GAFState:
         ranks that were out for 200 steps in a row, once in 1000 steps.
 
         Raises:
-            ValueError: ranks decided by unlike settings, or a weighting returned what is no weight.
-            RuntimeError: nothing agreed in more than `max_consecutive_skips` steps in a row, or replicas differ.
+            ValueError, RuntimeError: what the hook would raise in the next step.
         """
         if self._awaits_hook:
             warnings.warn("gaf_ddp: attached, but no gradient came: is the wrapped model called?", stacklevel=2)
@@ -174,17 +170,16 @@ class GAFState:
         return to_dict(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore `state_dict()`; the world size may differ, what is known of ranks then starts anew.
+        """Restore `state_dict()`; ValueError if it is something else, nothing is changed then.
 
-        Raises:
-            ValueError: state_dict is not what `state_dict()` returns; nothing is changed then.
+        Of another world size, what is known of ranks starts anew.
         """
         from_dict(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return everything but the process group, what hangs on it, and the memory of ranks' gradients."""
-        left: dict[str, Any] = {"process_group": None, "_way": None, "_model": None, "_is_connected": False}
-        return {**self.__dict__, **left, "_judge": self._new_judge(), "_awaits_hook": False}
+        left: dict[str, Any] = dict.fromkeys(("process_group", "_way", "_model"))
+        return {**self.__dict__, **left, "_is_connected": False, "_judge": self._new_judge(), "_awaits_hook": False}
 
     @property
     def _is_late(self) -> bool:
