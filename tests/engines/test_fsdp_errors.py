@@ -13,7 +13,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.utils.checkpoint import checkpoint
 
 from gaf_ddp import GAFState, Mean, filter_fsdp
-from tests.fsdp_models import Checks, count, network, probes, run, train
+from tests.engines.fsdp_models import Checks, count, network, probes, run, train
 from tests.nets import ddp, mlp
 
 Ranks = Callable[..., list[Any]]

@@ -16,7 +16,7 @@ from torch.optim import AdamW
 
 from gaf_ddp import GAFState, Mean, NeighborhoodAgreement, filter_fsdp, skip_on_disagreement
 from tests.accelerator import take_accelerators_way
-from tests.fsdp_models import (
+from tests.engines.fsdp_models import (
     SIZES,
     Checks,
     Probes,
