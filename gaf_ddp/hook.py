@@ -83,15 +83,20 @@ def _late(state: GAFState, late: LateFilter, bucket: Any) -> Future[Tensor]:
     if bucket.is_last():
         late.end()
 
-    def corrected(added: Future[Any]) -> Tensor:
-        for each in added.value():
-            each.value()  # raises what went wrong on the way
+    futures = [work.get_future() for work in sums]
+
+    def corrected(_: Future[Any]) -> Tensor:
+        for each in futures:
+            each.wait()  # done: it raises what went wrong on the way, and an accelerator's stream here waits for it
         average = correct(buffer if sent is buffer else buffer.copy_(sent), share)
         if check is not None:
             check.add(average, spans, sent.dtype)
         return average
 
-    return torch.futures.collect_all([work.get_future() for work in sums if work is not None]).then(corrected)
+    # Accelerators' futures are done once they are enqueued, and bring what follows onto a stream behind them;
+    # `collect_all` knows no devices, and would bring it onto backward's own, before the sums are there.
+    done = torch.futures.collect_all(futures) if buffer.device.type == "cpu" else futures[-1]
+    return done.then(corrected)
 
 
 def _at_once(pipeline: Pipeline, bucket: Any) -> Future[Tensor]:

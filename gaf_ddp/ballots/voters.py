@@ -17,6 +17,7 @@ class Voters:
         self.count = len(set(of_ranks))
         self.of_ranks = torch.tensor(of_ranks)
         self._alone = self.count == len(of_ranks)
+        self._belongs = torch.nn.functional.one_hot(self.of_ranks, self.count).mT.double()  # (V, W)
 
     @classmethod
     def named(cls, voters: str, hosts: list[str]) -> "Voters":
@@ -29,7 +30,8 @@ class Voters:
         clean = torch.where(finite[:, None], sketches, 0)
         if self._alone:
             return clean
-        belongs = torch.nn.functional.one_hot(self.of_ranks, self.count).mT.double().to(sketches.device) * finite
+        self._belongs = self._belongs.to(sketches.device)  # once: the host would wait for the ballots here
+        belongs = self._belongs * finite
         share = belongs / belongs.sum(1, keepdim=True).clamp(min=1)
         return (share @ clean.double()).float()  # float32 products may silently use TF32
 
