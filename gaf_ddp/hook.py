@@ -28,6 +28,7 @@ from gaf_ddp.connect import connect
 from gaf_ddp.exchange.lanes import at_end_of_backward
 from gaf_ddp.exchange.pipeline import Pipeline
 from gaf_ddp.kernels.scale import correct
+from gaf_ddp.runtime.errors import named
 from gaf_ddp.state import GAFState
 
 
@@ -55,7 +56,7 @@ def gaf_hook(
 
     Returns:
         A future of the bucket's buffer. What a rank raises on the way comes out of its `backward()`; what others
-        raise for want of it names step, bucket and rank.
+        raise for want of it names step and bucket, at once the rank too.
 
     Raises:
         TypeError: state is no GAFState, bucket is no GradBucket, or holds a sparse gradient.
@@ -79,15 +80,16 @@ def _late(state: GAFState, late: LateFilter, bucket: Any) -> Future[Tensor]:
     share, spans = late.weigh(buffer, bucket.parameters())
     sent = buffer if late.wire_dtype is None else buffer.to(late.wire_dtype)
     sums = [dist.all_reduce(each, group=late.group, async_op=True) for each in (sent, share)]
-    check = late.check
+    check, where = late.check, f"step {state.step}, bucket {bucket.index()}"
     if bucket.is_last():
         late.end()
 
     futures = [work.get_future() for work in sums]
 
     def corrected(_: Future[Any]) -> Tensor:
-        for each in futures:
-            each.wait()  # done: it raises what went wrong on the way, and an accelerator's stream here waits for it
+        with named(where):
+            for each in futures:
+                each.wait()  # done: it raises what went wrong, and an accelerator's stream here waits for it
         average = correct(buffer if sent is buffer else buffer.copy_(sent), share)
         if check is not None:
             check.add(average, spans, sent.dtype)

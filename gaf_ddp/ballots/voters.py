@@ -26,7 +26,7 @@ class Voters:
 
     def mean(self, sketches: Tensor) -> Tensor:
         """Return the voters' sketches `(V, k)`, means over those of their ranks' that are finite; zeros for none."""
-        finite = sketches.isfinite().all(1)
+        finite = (0 * sketches).sum(1) == 0  # three launches, `isfinite().all(1)` is five
         clean = torch.where(finite[:, None], sketches, 0)
         if self._alone:
             return clean
