@@ -34,7 +34,7 @@ def connect(state: GAFState, bucket: Any) -> LateFilter | Pipeline:
         state._model = Model(parameters)
         state._model.require_group(group)
         require_whole(parameters)
-        warn_if_alone(group, stacklevel=3)
+        warn_if_alone(state, group, stacklevel=3)
         meet(state, group, bucket.buffer().device)
         way = _make(state, bucket, group)
     elif isinstance(way, LateFilter) != state._is_late and not way.is_open:
@@ -64,11 +64,15 @@ def meet(state: GAFState, group: dist.ProcessGroup, device: torch.device) -> Non
     state._is_connected = True
 
 
-def warn_if_alone(group: dist.ProcessGroup, stacklevel: int) -> None:
-    """Warn that there is nothing to filter against."""
+def warn_if_alone(state: GAFState, group: dist.ProcessGroup, stacklevel: int) -> None:
+    """Warn, one rank for all, that there is nothing to filter against."""
     if group.size() == 1:
-        message = "gaf_ddp: world size 1, there are no other gradients to filter against"
-        warnings.warn(message, stacklevel=stacklevel + 1)
+        found = "there are no other gradients to filter against"
+    elif group.size() == 2 and state._ratio is not None and group.rank() == 0:
+        found = "two ranks cannot outvote each other: the consensus rule leaves one out from three ranks on"
+    else:
+        return
+    warnings.warn(f"gaf_ddp: world size {group.size()}, {found}", stacklevel=stacklevel + 1)
 
 
 def _make(state: GAFState, bucket: Any, group: dist.ProcessGroup) -> LateFilter | Pipeline:

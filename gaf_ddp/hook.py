@@ -28,6 +28,7 @@ from gaf_ddp.connect import connect
 from gaf_ddp.exchange.lanes import at_end_of_backward
 from gaf_ddp.exchange.pipeline import Pipeline
 from gaf_ddp.kernels.scale import correct
+from gaf_ddp.runtime.errors import named
 from gaf_ddp.state import GAFState
 
 
@@ -55,7 +56,7 @@ def gaf_hook(
 
     Returns:
         A future of the bucket's buffer. What a rank raises on the way comes out of its `backward()`; what others
-        raise for want of it names step, bucket and rank.
+        raise for want of it names step and bucket, at once the rank too.
 
     Raises:
         TypeError: state is no GAFState, bucket is no GradBucket, or holds a sparse gradient.
@@ -79,19 +80,25 @@ def _late(state: GAFState, late: LateFilter, bucket: Any) -> Future[Tensor]:
     share, spans = late.weigh(buffer, bucket.parameters())
     sent = buffer if late.wire_dtype is None else buffer.to(late.wire_dtype)
     sums = [dist.all_reduce(each, group=late.group, async_op=True) for each in (sent, share)]
-    check = late.check
+    check, where = late.check, f"step {state.step}, bucket {bucket.index()}"
     if bucket.is_last():
         late.end()
 
-    def corrected(added: Future[Any]) -> Tensor:
-        for each in added.value():
-            each.value()  # raises what went wrong on the way
+    futures = [work.get_future() for work in sums]
+
+    def corrected(_: Future[Any]) -> Tensor:
+        with named(where):
+            for each in futures:
+                each.wait()  # done: it raises what went wrong, and an accelerator's stream here waits for it
         average = correct(buffer if sent is buffer else buffer.copy_(sent), share)
         if check is not None:
             check.add(average, spans, sent.dtype)
         return average
 
-    return torch.futures.collect_all([work.get_future() for work in sums if work is not None]).then(corrected)
+    # Accelerators' futures are done once they are enqueued, and bring what follows onto a stream behind them;
+    # `collect_all` knows no devices, and would bring it onto backward's own, before the sums are there.
+    done = torch.futures.collect_all(futures) if buffer.device.type == "cpu" else futures[-1]
+    return done.then(corrected)
 
 
 def _at_once(pipeline: Pipeline, bucket: Any) -> Future[Tensor]:

@@ -19,6 +19,7 @@ from tests.nets import Probe, assert_replicas_equal, batches, ddp, mlp
 
 with warnings.catch_warnings():  # torch 2.11 deprecates what this module of its own uses
     warnings.simplefilter("ignore", DeprecationWarning)
+    from torch.distributed._composable.replicate import replicate
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
 Ranks = Callable[..., list[Any]]
@@ -163,6 +164,7 @@ def refuses(device: torch.device) -> dict[str, str]:
         "deepspeed": _raised(TypeError, lambda: attach(engine)),
         "bare": _raised(TypeError, lambda: attach(mlp())),
         "inside": _raised(TypeError, lambda: attach(nn.Sequential(ddp(mlp(), device)))),
+        "composable": _raised(TypeError, lambda: attach(replicate(mlp()))),
         "no module": _raised(TypeError, lambda: attach(3)),  # type: ignore[arg-type]
         "no state": _raised(TypeError, lambda: attach(ddp(mlp(), device), state=3)),  # type: ignore[arg-type]
         "both": _raised(TypeError, lambda: attach(ddp(mlp(), device), state=GAFState(), tau=1.0)),
@@ -170,6 +172,16 @@ def refuses(device: torch.device) -> dict[str, str]:
         "foreign optimizer": _raised(ValueError, lambda: attach(ddp(mlp(), device), SGD(mlp().parameters()))),
         "setting": _raised(ValueError, lambda: attach(ddp(mlp(), device), tau=3.0)),
     }
+
+
+def hooks_itself(device: torch.device) -> int:
+    """What composable `replicate` makes takes the hook as DDP does."""
+    model, state = replicate(mlp()), GAFState()
+    model.register_comm_hook(state, gaf_hook)  # type: ignore[operator]
+    for inputs, targets in batches(dist.get_rank(), 3):
+        nn.functional.cross_entropy(model(inputs), targets).backward()
+    assert_replicas_equal(model)
+    return state.step
 
 
 def lambda_hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
@@ -186,6 +198,7 @@ REFUSED = {
     "deepspeed": "found DeepSpeedEngine: .*use DistributedDataParallel or fully_shard",
     "bare": "found Sequential: wrap it first.*Accelerate's prepare.*trainer.model_wrapped.*MicrobatchFilter",
     "inside": "found Sequential: its '0' is in DistributedDataParallel: pass that",
+    "composable": r"found DDPSequential: it takes hooks itself: use model.register_comm_hook\(GAFState\(\), gaf_hook\)",
     "no module": "model must be a torch.nn.Module, found int",
     "no state": "state must be a GAFState, found int",
     "both": "state and settings exclude each other, found both: tau",
@@ -200,6 +213,7 @@ def on_two_ranks(device: torch.device) -> dict[str, str]:
         check(device)
     if device.type == "cpu":
         shards(device)
+        assert hooks_itself(device) == 3
         return refuses(device)
     return {}
 

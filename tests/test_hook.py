@@ -244,6 +244,16 @@ def test_one_rank_gets_its_gradient_back_and_one_warning(ranks: Ranks, scope: st
         assert messages == ["gaf_ddp: world size 1, there are no other gradients to filter against"]
 
 
+@pytest.mark.parametrize(("settings", "said"), [({}, True), ({"watch": True}, True), ({"tau": 0.9}, False)], ids=str)
+def test_two_ranks_are_warned_once_of_a_rule_that_needs_three(
+    ranks: Ranks, settings: dict[str, Any], said: bool
+) -> None:
+    message = "gaf_ddp: world size 2, two ranks cannot outvote each other: the consensus rule leaves one out from three"
+    [(_, first), (_, second)] = ranks(2, train_alone, settings)
+    assert first == ([f"{message} ranks on"] if said else [])
+    assert second == []
+
+
 @pytest.mark.parametrize("state", [None, GAFState, 0.9])
 def test_refuses_what_is_no_state(state: Any) -> None:
     with pytest.raises(TypeError, match=r"state must be a GAFState, found .*; register_comm_hook\(GAFState\(\)"):

@@ -213,3 +213,34 @@ def test_ranks_that_part_later_are_told_at_that_step(gloo_ranks: Ranks, scope: s
         for (step, message), change in zip(found, CHANGES, strict=True):
             assert (change, step) == (change, CHANGES[change][0])
             assert re.match(CHANGES[change][1], message), message
+
+
+def weigh_unlike(device: torch.device, how: str, scope: Any, exchange: Any) -> tuple[int, str]:
+    """Return after how many steps training raised, and what, where a weighting answers otherwise on rank 1."""
+    drawn = torch.Generator().manual_seed(dist.get_rank())
+
+    def weighting(gramian: Tensor) -> Tensor:
+        if how == "random":
+            return torch.rand(W, generator=drawn)
+        return torch.full((W,), 0.0 if dist.get_rank() == 1 and state.step >= 1 else 1 / W)
+
+    state = GAFState(weighting=weighting, scope=scope, exchange=exchange)
+    model = ddp(Probe([40, 40, 40]), device, bucket_cap_mb=0.0001)
+    model.register_comm_hook(state, gaf_hook)
+    for step in range(5):
+        try:
+            model(torch.ones(120, device=device)).backward()
+        except ValueError as error:
+            return step, str(error)
+    return 5, "nothing"
+
+
+@pytest.mark.parametrize("exchange", job_but("gather", of=["auto", "gather", "sketch"]))
+@pytest.mark.parametrize("scope", ["bucket", "model"])
+@pytest.mark.parametrize(("how", "first"), [("random", 0), ("zeros", 1)])
+def test_weights_that_differ_are_told_a_step_later_at_most(
+    gloo_ranks: Ranks, how: str, first: int, scope: str, exchange: str
+) -> None:
+    for step, message in gloo_ranks(W, weigh_unlike, how, scope, exchange, group_timeout=20.0):
+        assert first <= step <= first + 1
+        assert message.startswith("weighting must return the same on every rank: seed one that draws random numbers")

@@ -188,3 +188,52 @@ BY_BUCKET = ["sgd nesterov", "sgd nesterov fused", "adamw", "adamw fused", "adag
 @pytest.mark.parametrize("name", job_but("sgd nesterov", "adamw fused", of=BY_BUCKET))
 def test_bucket_scope_leaves_out_the_buckets_that_disagreed(ranks: Ranks, name: str) -> None:
     ranks(2, train_three_buckets, name)
+
+
+class ByTurns(nn.Module):
+    """Two losses, each on a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.parts = nn.ParameterList(nn.Parameter(torch.randn(size)) for size in (40, 50))
+
+    def forward(self, part: int, gradient: Tensor) -> Tensor:
+        return (self.parts[part] * gradient).sum()
+
+
+def take_two_backwards(device: torch.device, scope: str, name: str) -> None:
+    """Two synchronised backwards before a step: first a loss on which ranks disagree, or the other way round."""
+    for order in ([0, 1], [1, 0], [0, 1, 0, 1]):
+        module = ByTurns().to(device)
+        model = ddp(module, device, find_unused_parameters=True, bucket_cap_mb=0.0001)
+        state = GAFState(tau=0.5, scope=scope)  # type: ignore[arg-type]
+        model.register_comm_hook(state, gaf_hook)
+        optimizer = OPTIMIZERS[name](module.parameters())
+        skip_on_disagreement(optimizer, state)
+        for part in (0, 1):  # all agree: momentum, and buckets made anew
+            model(part, torch.ones_like(module.parts[part])).backward()
+        optimizer.step()
+        other = copy.deepcopy(module)
+        reference = OPTIMIZERS[name](other.parameters())
+        reference.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for _ in range(2):
+            optimizer.zero_grad()
+            for part in order:
+                sign = -1 if part == 0 and dist.get_rank() == 1 else 1
+                model(part, sign * torch.ones_like(module.parts[part])).backward()
+            optimizer.step()
+            other.parts[0].grad = None
+            other.parts[1].grad = torch.full_like(other.parts[1], order.count(1))
+            reference.step()
+            assert_same_parameters(module, other)
+            assert_same_state(optimizer, reference)
+            assert_replicas_equal(module)
+
+
+@pytest.mark.parametrize("name", ["sgd nesterov", "adamw fused"])
+@pytest.mark.parametrize("scope", ["bucket", "model"])
+def test_after_two_backwards_each_parameter_goes_by_those_that_made_its_gradient(
+    ranks: Ranks, scope: str, name: str
+) -> None:
+    ranks(2, take_two_backwards, scope, name)

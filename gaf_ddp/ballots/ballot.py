@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gaf_ddp.runtime.device import to_device
+
 _FREE = 2**18  # bytes of ballots that a rank may receive in every step, however small its gradient is
 _MOST_STEPS = 8  # of a ballot: with so many, nothing was lost in any task that was tried
 _PART = 0.01  # of the gradient's bytes, which ballots may take
@@ -53,17 +55,15 @@ class Numbers(NamedTuple):
 
 
 def pack(sketch: Tensor, squares: Sequence[Tensor], told: Told) -> Tensor:
-    """Return a ballot as int32 numbers, which collectives of every backend take; some six launches."""
+    """Return a ballot as int32 numbers, which collectives of every backend take; some five launches."""
     device = sketch.device
-    known = torch.tensor([float(told.finished), *told.settings], dtype=torch.float64)
-    if device.type != "cpu":
-        known = known.pin_memory().to(device, non_blocking=True)
-    found = torch.zeros(3, dtype=torch.float64, device=device)
+    known = torch.tensor([float(told.finished), 0, 0, 0, *told.settings], dtype=torch.float64)
+    known = to_device(known, device)
     if told.hash is not None:
-        found[:2] = torch.stack([told.hash >> 32, told.hash & 0xFFFFFFFF])  # halves are exact in float64
+        known[1:3] = torch.stack([told.hash >> 32, told.hash & 0xFFFFFFFF])  # halves are exact in float64
     if told.off is not None:
-        found[2] = told.off
-    numbers = torch.cat([torch.stack(list(squares)), known[:1], found, known[1:]])
+        known[3] = told.off
+    numbers = torch.cat([torch.stack(list(squares)), known])
     return torch.cat([sketch.view(torch.int32), numbers.view(torch.int32)])
 
 

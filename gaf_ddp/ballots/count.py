@@ -1,6 +1,7 @@
 """Counting ballots: behind the gather on accelerators, and from there to the host, which reads them a step later."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -16,24 +17,34 @@ Tally = Callable[[Tensor], Tensor]  # from all ranks' sketches (W, k) to what th
 class Counting:
     """All ranks' ballots of one step on their way to the host.
 
+    On accelerators they are counted at once, on one stream for all steps, behind the gather: so that momenta of one
+    step are there for the next, in memory that no other stream is given meanwhile. (Futures' callbacks come on another
+    stream each time.) The host goes on.
+
     Args:
         work: the gather, under way.
+        own: this rank's ballot.
         rows: all ranks' ballots `(W, …)`, once it is done.
         size: k, numbers of a sketch.
         tally: launches what is done with the sketches.
     """
 
-    def __init__(self, work: Any, rows: Tensor, size: int, tally: Tally) -> None:
-        self._rows, self._size, self._tally = rows, size, tally
+    def __init__(self, work: Any, own: Tensor, rows: Tensor, size: int, tally: Tally) -> None:
+        self._work, self._rows, self._size, self._tally = work, rows, size, tally
         self._copies: list[Tensor] = []
         self._event: Any = None
-        # On accelerators the callback runs here and now, on a stream that waits for the gather; the host goes on.
-        self._work = work if rows.device.type == "cpu" else work.get_future().then(self._count_on_device)
+        if rows.device.type != "cpu":
+            stream = _stream(rows.device)
+            with torch.get_device_module(rows.device).stream(stream):
+                work.wait()  # the stream does, for the gather; from here on `work` no longer holds what it reads
+                for each in (own, rows):
+                    each.record_stream(stream)
+                self._count_on_device(stream)
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Wait for the ballots; return what the tally made of them, and their numbers `(W, …)`, on the host."""
-        self._work.wait()
         if self._event is None:
+            self._work.wait()
             return self._count()
         self._event.synchronize()
         products, numbers = self._copies
@@ -44,13 +55,18 @@ class Counting:
             sketches, numbers = unpack(self._rows, self._size)
             return self._tally(sketches), numbers
 
-    def _count_on_device(self, _: Any) -> None:
+    def _count_on_device(self, stream: Any) -> None:
         found = self._count()
         self._copies = [torch.empty_like(each, device="cpu", pin_memory=True) for each in found]
         for copy, each in zip(self._copies, found, strict=True):
             copy.copy_(each, non_blocking=True)
-        self._event = torch.Event(found[0].device)
-        self._event.record(torch.get_device_module(found[0].device).current_stream(found[0].device))
+        self._event = torch.Event(self._rows.device)
+        self._event.record(stream)
+
+
+@cache
+def _stream(device: torch.device) -> Any:
+    return torch.get_device_module(device).Stream(device)
 
 
 class Sent(NamedTuple):

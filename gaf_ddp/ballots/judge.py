@@ -59,9 +59,8 @@ class Judge:
         momenta = momenta.to(gradients.device)
         if self._moves is not None:
             moves = self._moves.to(gradients.device, non_blocking=True)
-            counts = (moves != 0).any(0)[:, None]  # other rows may hold inf
-            momenta = (moves @ torch.where(counts, momenta, 0).double()).float()
-        self._momenta = momenta * self.momentum**steps + gradients
+            momenta = (moves @ momenta.nan_to_num(0.0, 0.0, 0.0).double()).float()  # what is not finite goes nowhere
+        self._momenta = torch.add(gradients, momenta, alpha=self.momentum**steps)
         both = torch.cat([self._momenta, gradients]).double()  # float32 products may silently use TF32
         return both @ both.mT
 

@@ -5,8 +5,8 @@
     …                                                 the engine adds up gradients and shares
     late.end()                                        after the last bucket: the ballot
 
-No thread, no stream and no group of its own: what it sends, it sends in the hook, in the buckets' order, on the
-group that gradients are averaged over. The host waits for one thing, the ballots of the step before.
+No thread and no group of its own: what it sends, it sends in the hook, in the buckets' order, on the group that
+gradients are averaged over. Accelerators count ballots on a stream beside. The host waits for one thing, the ballots of the step before.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from torch import Tensor
 from gaf_ddp.alike import fingerprints, require_alike, shared
 from gaf_ddp.ballots.ballot import Numbers, Told, affordable, pack, read
 from gaf_ddp.ballots.count import Counting, Sent
-from gaf_ddp.ballots.limits import Limits, to_device
+from gaf_ddp.ballots.limits import Limits
 from gaf_ddp.ballots.places import Key, Places
 from gaf_ddp.ballots.verdict import Verdict, draw, watch
 from gaf_ddp.ballots.voters import Voters
@@ -31,6 +31,7 @@ from gaf_ddp.kernels.hash import hash_bits
 from gaf_ddp.kernels.scale import scale
 from gaf_ddp.monitor.records import Decision
 from gaf_ddp.runtime.collectives import all_gather_single
+from gaf_ddp.runtime.device import to_device
 from gaf_ddp.runtime.errors import named
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ class LateFilter:
             voting = self._voters.mean(sketches)
             return gram(voting) if state._judge is None else state._judge.tally(voting, steps)
 
-        counting = Counting(work, rows, state.sketch_size, tally)
+        counting = Counting(work, own, rows, state.sketch_size, tally)
         self._sent = Sent(state.step, steps, list(self._squares), counted, check, counting)
         if state.judge_every is None:
             gradient = sum(each.numel() * each.element_size() for each in self._places.parameters)

@@ -10,6 +10,7 @@ from torch import Tensor
 from gaf_ddp.ballots.places import Key
 from gaf_ddp.rules.consensus import upper_median
 from gaf_ddp.runtime.collectives import all_gather_single
+from gaf_ddp.runtime.device import to_device
 
 
 class Limits:
@@ -52,8 +53,3 @@ class Limits:
         """Take over a verdict's limits `(buckets,)`, which are on the host; nobody waits for the device."""
         self._on_host |= zip(keys, longest.tolist(), strict=True)
         self._on_device |= zip(keys, to_device(longest, self._device).unbind(), strict=True)
-
-
-def to_device(numbers: Tensor, device: torch.device) -> Tensor:
-    """Return numbers that are on the host on the device, without waiting for it."""
-    return numbers if device.type == "cpu" else numbers.pin_memory().to(device, non_blocking=True)

@@ -35,9 +35,10 @@ class Places:
         """
         key = tuple(map(id, parameters))
         if key not in self._spans:
-            known = [self._place_of(each, each.numel() if count is None else 0) for each in parameters]
+            # Complex numbers are pairs of real ones in an engine's vector.
+            counts = [each.numel() * (1 + each.is_complex()) for each in parameters]
+            known = [self._place_of(each, n if count is None else 0) for each, n in zip(parameters, counts, strict=True)]
             if count is None:
-                counts = (each.numel() for each in parameters)
                 self._spans[key] = spans_of(zip(known, counts, strict=True))
             else:
                 self._spans[key] = spans_of([(self._next, count)])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gaf_ddp.kernels.fold import Spans, fold
+from gaf_ddp.runtime.device import to_device
 from gaf_ddp.runtime.hosts import machine
 
 # Roundings of the sum's dtype for each doubling of the ranks: more than equal numbers' in a ring of up to 64, which
@@ -56,7 +57,7 @@ class SumCheck:
 
     def expect(self, sketches: Tensor, kept: Tensor) -> None:
         """Remember what the average must be, of all ranks' sketches `(W, k)` and who counted, bool `(W,)`."""
-        share = (kept.double() / kept.sum().clamp(min=1)).to(sketches.device, non_blocking=True)
+        share = to_device(kept.double() / kept.sum().clamp(min=1), sketches.device)
         self._sketches = sketches
         self._expected = share @ torch.where(share[:, None] != 0, sketches, 0).double()
 

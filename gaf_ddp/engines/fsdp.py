@@ -74,7 +74,7 @@ def filter_fsdp(model: nn.Module, state: GAFState) -> GAFState:
         raise ValueError("state must be of one model alone, found one that filters another, or this already")
     units = units_of(model)
     group = _voters(state, units[0])
-    warn_if_alone(group, stacklevel=2)
+    warn_if_alone(state, group, stacklevel=2)
     way = (OneStepLate if state._is_late else AtOnce)(state, units, group)
     for unit in units:
         unit.set_reduce_scatter(_ReduceScatter(way, unit))

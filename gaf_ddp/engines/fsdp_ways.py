@@ -35,6 +35,7 @@ class OneStepLate:
         self._late: LateFilter | None = None
         self._seen: set[Unit] = set()  # in this step
         self._backward = -1  # at whose end the step may end
+        self._stream: Any = None  # torch's own for reduce-scatters
 
     def judge_unit(self, unit: Unit, gradient: Tensor) -> Tensor:
         """Fold and scale one unit's gradient `(N,)`; return this rank's share `(2,)`."""
@@ -46,6 +47,7 @@ class OneStepLate:
                 self._late.begin()
                 self._seen.clear()
             self._seen.add(unit)
+            self._stream = torch.get_device_module(gradient.device).current_stream()
             self._end_with(current_backward())
             return self._late.weigh(gradient, unit.parameters, gradient.numel())[0]
 
@@ -79,7 +81,8 @@ class OneStepLate:
                 at_end_of_backward(partial(self._end, backward, True))
             return
         if self._late is not None and self._late.is_open:
-            self._late.end()
+            with torch.get_device_module(self._late.device).stream(self._stream):  # backward's may not wait for it
+                self._late.end()
 
 
 class AtOnce:

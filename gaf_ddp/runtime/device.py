@@ -17,6 +17,11 @@ def on_host(tensor: Tensor) -> bool:
     return tensor.device.type == _HOST
 
 
+def to_device(numbers: Tensor, device: torch.device) -> Tensor:
+    """Return numbers that are on the host on the device, without waiting for it."""
+    return numbers if device.type == "cpu" else numbers.pin_memory().to(device, non_blocking=True)
+
+
 @cache
 def kernels(device_type: str, name: str = "gram_triton") -> ModuleType | None:
     """Return the module of that name in gaf_ddp.kernels, or None where plain torch does the work.
