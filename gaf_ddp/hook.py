@@ -80,7 +80,7 @@ def _late(state: GAFState, late: LateFilter, bucket: Any) -> Future[Tensor]:
     share, spans = late.weigh(buffer, bucket.parameters())
     sent = buffer if late.wire_dtype is None else buffer.to(late.wire_dtype)
     sums = [dist.all_reduce(each, group=late.group, async_op=True) for each in (sent, share)]
-    check, where = late.check, f"step {state.step}, bucket {bucket.index()}"
+    check, where = late.checks.sums, f"step {state.step}, bucket {bucket.index()}"
     if bucket.is_last():
         late.end()
 

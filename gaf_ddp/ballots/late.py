@@ -6,7 +6,7 @@
     late.end()                                        after the last bucket: the ballot
 
 No thread and no group of its own: what it sends, it sends in the hook, in the buckets' order, on the group that
-gradients are averaged over. Accelerators count ballots on a stream beside. The host waits for one thing, the ballots of the step before.
+gradients are averaged over. Accelerators count ballots on a stream beside. The host waits for the last ballots alone.
 """
 
 from collections.abc import Sequence
@@ -23,11 +23,9 @@ from gaf_ddp.ballots.limits import Limits
 from gaf_ddp.ballots.places import Key, Places
 from gaf_ddp.ballots.verdict import Verdict, draw, watch
 from gaf_ddp.ballots.voters import Voters
-from gaf_ddp.checks.replicas import require_equal
-from gaf_ddp.checks.sums import SumCheck, require_sums
+from gaf_ddp.checks.ballots import BallotChecks
 from gaf_ddp.kernels.fold import Spans, fold
 from gaf_ddp.kernels.gram import gram
-from gaf_ddp.kernels.hash import hash_bits
 from gaf_ddp.kernels.scale import scale
 from gaf_ddp.monitor.records import Decision
 from gaf_ddp.runtime.collectives import all_gather_single
@@ -52,11 +50,9 @@ class LateFilter:
         self, state: "GAFState", group: dist.ProcessGroup, device: torch.device, averages: bool = False
     ) -> None:
         self.group, self.device, self.wire_dtype = group, device, state.wire_dtype if group.size() > 1 else None
-        self.check: SumCheck | None = None  # of the averages of the steps that go into the ballot, if they are checked
         self._state, self._hosts = state, state._records.statistics.hosts
         self._voters = Voters.named(state.voters, self._hosts)
-        self._unit = group.size() if averages else 1  # what shares add up to
-        self._places = Places()
+        self._unit, self._places = group.size() if averages else 1, Places()  # what shares add up to; of elements
         self.is_open = False  # between a step's first bucket and its last one
         self._equal_share = torch.tensor([self._unit / group.size(), 0.0], dtype=torch.float64).to(device)
         self._latest = -1  # the index of the last bucket
@@ -65,9 +61,7 @@ class LateFilter:
         self._limits = Limits(group, device)
         self._every = state.judge_every or 1  # steps of a ballot
         self._mode: tuple[bool, bool] | None = None
-        self._hash: Tensor | None = None  # of the parameters' bits, where they are compared
-        self._checked: SumCheck | None = None  # of the last ballots
-        self._off: Tensor | None = None  # how far their sum was off
+        self.checks = BallotChecks(state.check_every, state.sketch_size, self._hosts)
         self._begin_ballot()
         self.recall()
 
@@ -87,23 +81,13 @@ class LateFilter:
             self._drop_check()
             self._by = self._divisor()
         self.is_open = True
-        if state.check_every is not None:
-            if state.step % state.check_every == 0:
-                self._hash = hash_bits(self._places.parameters, self.device)
-            if self._steps == 0 and -state.step % state.check_every < self._every:  # all of a ballot's steps, or none
-                self.check = SumCheck(state.sketch_size)
+        self.checks.begin_step(state.step, self._steps == 0, self._every, self._places.parameters, self.device)
 
     def weigh(self, gradient: Tensor, parameters: Sequence[Tensor], count: int | None = None) -> tuple[Tensor, Spans]:
-        """Fold a bucket into the ballot, and scale it by this rank's share.
+        """Fold a bucket's gradient `(N,)` into the ballot, and scale it by this rank's share, in place.
 
-        Args:
-            gradient: `(N,)`, of these parameters one after the other; overwritten.
-            parameters: what names the bucket.
-            count: see `Places.spans`.
-
-        Returns:
-            The share `(2,)` float64, to be added up over the ranks beside the gradient (`kernels.scale`), and where
-            the bucket's elements are in the model.
+        The parameters, and the count, are as `Places.spans` has them. Returned are the share `(2,)` float64, to be
+        added up over the ranks beside the gradient (`kernels.scale`), and the bucket's spans of the model.
         """
         key, spans = self._places.spans(parameters, count)
         sketch, square = fold(gradient, spans, self._state.sketch_size)
@@ -143,13 +127,9 @@ class LateFilter:
             products, held = sent.counting.read()
             numbers = read(held, len(sent.keys))
             require_alike(shared(self._state), numbers.settings, self.group.rank())
-            checked = self._checked
-            require_sums(numbers.off.tolist(), self._hosts, lambda: [] if checked is None else checked.suspects())
-            require_equal(numbers.hashes, numbers.finished, self._hosts, sent.step)  # what a wrong sum leads to
+            self.checks.require(numbers, sent.step)
         verdict = self._verdict(sent, products, numbers)
-        self._off, self._checked = None, None if verdict.guarded else sent.check
-        if self._checked is not None:
-            self._off = self._checked.off(numbers.squares.sum(1).sqrt()[sent.counted].tolist())
+        self.checks.compare(sent, numbers, verdict.guarded)
         self._kept = verdict.kept
         self._by = self._divisor()
         self._limits.set(sent.keys, verdict.limits)
@@ -185,22 +165,24 @@ class LateFilter:
     def _drop_check(self) -> None:
         """Check no sum of a ballot in the midst of which changes who counts."""
         if self._steps:
-            self.check = None
+            self.checks.sums = None
 
     def _begin_ballot(self) -> None:
         self._sketch = torch.zeros(self._state.sketch_size, dtype=torch.float32, device=self.device)
         self._squares: dict[Key, list[Tensor]] = {}  # of each bucket, one a step
         self._steps = 0
-        self._hash, self.check = None, None
+        self.checks.begin_ballot()
 
     def _send(self) -> None:
         """Send the ballot; on accelerators it is counted behind backward, and nobody waits for it now."""
-        state, steps, check, counted = self._state, self._steps, self.check, self._counted()
+        state, steps, check, counted = self._state, self._steps, self.checks.sums, self._counted()
         squares = [torch.stack(each).sum() if len(each) > 1 else each[0] for each in self._squares.values()]
         finished = torch._C._current_graph_task_id() == -1  # outside of backward a hook is called in Join alone
         if check is not None and not state.watch and counted[self.group.rank()]:
             check.guard(list(map(torch.stack, self._squares.values())), self._limits.held(self._squares))
-        own = pack(self._sketch, squares, Told(finished, fingerprints(shared(state)), self._hash, self._off))
+        own = pack(
+            self._sketch, squares, Told(finished, fingerprints(shared(state)), self.checks.hash, self.checks.off)
+        )
         rows = own.new_empty(self.group.size(), len(own))
         work = all_gather_single(rows.view(-1), own, group=self.group, async_op=True)
 

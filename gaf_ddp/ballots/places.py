@@ -37,7 +37,9 @@ class Places:
         if key not in self._spans:
             # Complex numbers are pairs of real ones in an engine's vector.
             counts = [each.numel() * (1 + each.is_complex()) for each in parameters]
-            known = [self._place_of(each, n if count is None else 0) for each, n in zip(parameters, counts, strict=True)]
+            known = [
+                self._place_of(each, n if count is None else 0) for each, n in zip(parameters, counts, strict=True)
+            ]
             if count is None:
                 self._spans[key] = spans_of(zip(known, counts, strict=True))
             else:

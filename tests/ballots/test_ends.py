@@ -26,7 +26,7 @@ def train(device: torch.device, how: str, folder: Path, settings: dict[str, Any]
     """Train until rank 1 fails in step 3; return what backward, or the user's loss, raised, and after which time."""
     store = dist.FileStore(str(folder / "ended"), 3)  # type: ignore[attr-defined]
     group = dist.new_group(timeout=timedelta(seconds=TIMEOUT))
-    model, state = ddp(mlp(), device, process_group=group, bucket_cap_mb=0.001), GAFState(group, **settings)
+    model, state = ddp(mlp(), device, process_group=group, bucket_cap_mb=0.001), GAFState(group, **settings)  # type: ignore[arg-type]
     model.register_comm_hook(state, gaf_hook)
     end, begun = "nothing", 0.0
     try:
@@ -37,7 +37,7 @@ def train(device: torch.device, how: str, folder: Path, settings: dict[str, Any]
                 if how == "dies":
                     os._exit(3)
                 raise LookupError("no label today")
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
     except Exception as error:
         end = f"{type(error).__name__}: {error}"
     passed = time.monotonic() - begun

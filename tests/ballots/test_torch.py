@@ -53,7 +53,7 @@ def train_scaled(device: torch.device, dtype: torch.dtype, broken: list[int]) ->
             loss = cross_entropy(model(inputs.to(device)), targets.to(device))
         if step == 4 and dist.get_rank() in broken:
             loss = loss * torch.inf
-        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         before = flat_parameters(model)
@@ -78,7 +78,10 @@ def train_with_optimizers(device: torch.device) -> None:
     inside, state = ddp(mlp(), device, gradient_as_bucket_view=True, **TINY), GAFState()
     overlapped = _OptimizerHookState(as_functional_optim(SGD, lr=0.1), params=None)
     inside.register_comm_hook(state, _hook_then_optimizer(gaf_hook, overlapped))
-    optimizers: list[Any] = [SGD(model.parameters(), lr=0.1), ZeroRedundancyOptimizer(sharded.parameters(), SGD, lr=0.1)]
+    optimizers: list[Any] = [
+        SGD(model.parameters(), lr=0.1),
+        ZeroRedundancyOptimizer(sharded.parameters(), SGD, lr=0.1),
+    ]
     for inputs, targets in batches(dist.get_rank(), 6):
         for each in (model, sharded, inside):
             each.zero_grad()
@@ -140,7 +143,9 @@ def train_odd(device: torch.device, dtype: torch.dtype, turned: int | None) -> f
             (sign * each(inputs.to(dtype))).backward()
         assert state.agreement is not None
     found, gradient = (
-        torch.cat([torch.view_as_real(p.grad.to(torch.complex128)).flatten() for p in each.parameters()])
+        torch.cat(
+            [torch.view_as_real(p.grad.to(torch.complex128)).flatten() for p in each.parameters() if p.grad is not None]
+        )
         for each in (model, own)
     )
     everyone = [torch.empty_like(gradient) for _ in range(dist.get_world_size())]
@@ -229,12 +234,12 @@ def make_groups_anew(device: torch.device) -> int:
     pairs = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     for group in (dist.new_group(), pairs[dist.get_rank() % 2], dist.new_group()):
         assert group is not None
-        state = GAFState(group)
+        state = GAFState(group)  # type: ignore[arg-type]
         model = ddp(mlp(), device, process_group=group)
         model.register_comm_hook(state, gaf_hook)
         for inputs, targets in batches(dist.get_rank(), 3):
             cross_entropy(model(inputs), targets).backward()
-        assert_replicas_equal(model, group)
+        assert_replicas_equal(model, group)  # type: ignore[arg-type]
         steps += state.step
         dist.destroy_process_group(group)
     return steps
@@ -259,7 +264,9 @@ class Branches(nn.Module):
         return out
 
 
-def train_any_way(device: torch.device, seed: int, steps: int, settings: dict[str, Any], options: dict[str, Any]) -> int:
+def train_any_way(
+    device: torch.device, seed: int, steps: int, settings: dict[str, Any], options: dict[str, Any]
+) -> int:
     """Train over random accumulation, unused and frozen layers, NaN and bursts; return steps seen."""
     model, state = filtered(device, Branches(), settings, find_unused_parameters=True, bucket_cap_mb=0.0005, **options)
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
