@@ -43,7 +43,7 @@ def filtered(
 
 
 def train_scaled(device: torch.device, dtype: torch.dtype, broken: list[int]) -> list[tuple[float, bool]]:
-    """Return the scale after each step, and whether parameters moved, where some ranks' gradient overflows in step 4."""
+    """Return the scale after each step, and whether parameters moved, where some ranks overflow in step 4."""
     model, _ = filtered(device)
     optimizer, scaler = AdamW(model.parameters(), lr=1e-3), torch.amp.GradScaler(device.type, init_scale=1024.0)
     seen = []

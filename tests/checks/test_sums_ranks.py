@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 
-import gaf_ddp.ballots.late as late
 from gaf_ddp import GAFState, gaf_hook
 from gaf_ddp.checks.sums import GUARDED, require_sums
 from tests.checks.faults import FAULTS, error_of, faulty_sums
@@ -81,7 +80,7 @@ def _train(
         seen.extend([] if GUARDED in off else off)
         require_sums(off, hosts, suspects)
 
-    vars(late)["require_sums"] = require
+    vars(ballots)["require_sums"] = require
     rank, world = dist.get_rank(), dist.get_world_size()
     model = ddp(mlp(dtype=dtype), device, **BUCKETS)
     state = GAFState(**{"check_every": 1, **settings})
