@@ -199,7 +199,8 @@ class ByTurns(nn.Module):
         self.parts = nn.ParameterList(nn.Parameter(torch.randn(size)) for size in (40, 50))
 
     def forward(self, part: int, gradient: Tensor) -> Tensor:
-        return (self.parts[part] * gradient).sum()
+        loss: Tensor = (self.parts[part] * gradient).sum()
+        return loss
 
 
 def take_two_backwards(device: torch.device, scope: str, name: str) -> None:

@@ -6,7 +6,8 @@
     late.end()                                        after the last bucket: the ballot
 
 No thread and no group of its own: what it sends, it sends in the hook, in the buckets' order, on the group that
-gradients are averaged over. Accelerators count ballots on a stream beside. The host waits for one thing, the ballots of the step before.
+gradients are averaged over. Accelerators count ballots on a stream beside. The host waits for one thing, the ballots of
+the step before.
 """
 
 from collections.abc import Sequence

@@ -43,7 +43,7 @@ def filtered(
 
 
 def train_scaled(device: torch.device, dtype: torch.dtype, broken: list[int]) -> list[tuple[float, bool]]:
-    """Return the scale after each step, and whether parameters moved, where some ranks' gradient overflows in step 4."""
+    """Return the scale after each step, and whether parameters moved, where some ranks overflow in step 4."""
     model, _ = filtered(device)
     optimizer, scaler = AdamW(model.parameters(), lr=1e-3), torch.amp.GradScaler(device.type, init_scale=1024.0)
     seen = []
@@ -53,7 +53,7 @@ def train_scaled(device: torch.device, dtype: torch.dtype, broken: list[int]) ->
             loss = cross_entropy(model(inputs.to(device)), targets.to(device))
         if step == 4 and dist.get_rank() in broken:
             loss = loss * torch.inf
-        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         before = flat_parameters(model)
@@ -78,7 +78,10 @@ def train_with_optimizers(device: torch.device) -> None:
     inside, state = ddp(mlp(), device, gradient_as_bucket_view=True, **TINY), GAFState()
     overlapped = _OptimizerHookState(as_functional_optim(SGD, lr=0.1), params=None)
     inside.register_comm_hook(state, _hook_then_optimizer(gaf_hook, overlapped))
-    optimizers: list[Any] = [SGD(model.parameters(), lr=0.1), ZeroRedundancyOptimizer(sharded.parameters(), SGD, lr=0.1)]
+    optimizers: list[Any] = [
+        SGD(model.parameters(), lr=0.1),
+        ZeroRedundancyOptimizer(sharded.parameters(), SGD, lr=0.1),
+    ]
     for inputs, targets in batches(dist.get_rank(), 6):
         for each in (model, sharded, inside):
             each.zero_grad()
@@ -129,6 +132,11 @@ class Odd(nn.Module):
         return out.abs().square().sum()
 
 
+def gradient_of(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad.to(torch.complex128)
+
+
 def train_odd(device: torch.device, dtype: torch.dtype, turned: int | None) -> float:
     """Return how far gradients of the last step are off the mean of those that count, relatively."""
     model, state = filtered(device, Odd(dtype))
@@ -140,8 +148,7 @@ def train_odd(device: torch.device, dtype: torch.dtype, turned: int | None) -> f
             (sign * each(inputs.to(dtype))).backward()
         assert state.agreement is not None
     found, gradient = (
-        torch.cat([torch.view_as_real(p.grad.to(torch.complex128)).flatten() for p in each.parameters()])
-        for each in (model, own)
+        torch.cat([torch.view_as_real(gradient_of(p)).flatten() for p in each.parameters()]) for each in (model, own)
     )
     everyone = [torch.empty_like(gradient) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, gradient)
@@ -228,7 +235,7 @@ def make_groups_anew(device: torch.device) -> int:
     steps = 0
     pairs = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     for group in (dist.new_group(), pairs[dist.get_rank() % 2], dist.new_group()):
-        assert group is not None
+        assert isinstance(group, dist.ProcessGroup)
         state = GAFState(group)
         model = ddp(mlp(), device, process_group=group)
         model.register_comm_hook(state, gaf_hook)
@@ -259,7 +266,9 @@ class Branches(nn.Module):
         return out
 
 
-def train_any_way(device: torch.device, seed: int, steps: int, settings: dict[str, Any], options: dict[str, Any]) -> int:
+def train_any_way(
+    device: torch.device, seed: int, steps: int, settings: dict[str, Any], options: dict[str, Any]
+) -> int:
     """Train over random accumulation, unused and frozen layers, NaN and bursts; return steps seen."""
     model, state = filtered(device, Branches(), settings, find_unused_parameters=True, bucket_cap_mb=0.0005, **options)
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
