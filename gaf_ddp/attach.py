@@ -108,8 +108,7 @@ def _reason_against(model: nn.Module) -> str | None:
 
     if type(model).__module__.partition(".")[0] == "deepspeed":
         return "DeepSpeed reduces gradients itself and takes no hook: use DistributedDataParallel or fully_shard"
-    # What composable `replicate` makes takes hooks, and is no DistributedDataParallel.
-    if hasattr(model, "register_comm_hook") and not isinstance(model, FullyShardedDataParallel):
+    if not isinstance(model, FullyShardedDataParallel) and hasattr(model, "register_comm_hook"):  # as of `replicate`
         return "it takes hooks itself: use model.register_comm_hook(GAFState(), gaf_hook)"
     for name, module in model.named_modules():
         if isinstance(module, FullyShardedDataParallel):

@@ -11,7 +11,6 @@ from gaf_ddp.ballots.late import LateFilter
 from gaf_ddp.engines.ddp import Model, require_whole
 from gaf_ddp.exchange import point_to_point
 from gaf_ddp.exchange.pipeline import Pipeline
-from gaf_ddp.exchange.point_to_point import meet as meet_ranks
 from gaf_ddp.runtime.device import kernels
 from gaf_ddp.runtime.errors import named
 from gaf_ddp.runtime.hosts import own_host
@@ -50,12 +49,11 @@ def meet(state: GAFState, group: dist.ProcessGroup, device: torch.device) -> Non
     Raises:
         ValueError: on every rank: their settings differ.
     """
-    if device.type == "cpu":  # names a rank that died, as gloo's collectives do not
-        with named("before the first bucket"):
-            meet_ranks(group)
     # A schedule that raises does so before the others are met: their errors name this rank then.
     told = {**shared(state), "fused kernels": kernels(device.type) is not None, "step": state.step}
-    if device.type == "cpu":  # gloo ends a process whose collective meets another, as DDP's own of a rank without us
+    # Messages name a rank that is not there. And gloo ends a process whose collective meets another one, as DDP's own
+    # of a rank without the hook.
+    if device.type == "cpu":
         with named("before the first bucket (is the hook on every rank?)"):
             point_to_point.meet(group)
     everyone = require_same(as_text({**told, "host": own_host()}), group, device)

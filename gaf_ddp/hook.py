@@ -80,15 +80,15 @@ def _late(state: GAFState, late: LateFilter, bucket: Any) -> Future[Tensor]:
     share, spans = late.weigh(buffer, bucket.parameters())
     sent = buffer if late.wire_dtype is None else buffer.to(late.wire_dtype)
     sums = [dist.all_reduce(each, group=late.group, async_op=True) for each in (sent, share)]
-    check, where = late.checks.sums, f"step {state.step}, bucket {bucket.index()}"
+    check, where = late.checks.sums, f"step {state.step}, bucket {bucket.index()} (are all loaders as long?)"
     if bucket.is_last():
         late.end()
 
     futures = [work.get_future() for work in sums]
 
-    def corrected(_: Future[Any]) -> Tensor:
+    def corrected(added: Future[Any]) -> Tensor:
         with named(where):
-            for each in futures:
+            for each in (added, *futures):
                 each.wait()  # done: it raises what went wrong, and an accelerator's stream here waits for it
         average = correct(buffer if sent is buffer else buffer.copy_(sent), share)
         if check is not None:

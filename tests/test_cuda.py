@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,6 +17,7 @@ from gaf_ddp import (
     SequentialAgreement,
     Weighting,
     gaf_hook,
+    hook,
     skip_on_disagreement,
 )
 from gaf_ddp.rules.agreement import decide
@@ -25,7 +27,12 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 Ranks = Callable[..., list[Any]]
 
 every_world = pytest.mark.parametrize("world_size", [1, 2])
-SETTINGS: list[dict[str, Any]] = [{"tau": 0.9, "scope": s} for s in ("bucket", "model")] + [{}, {"watch": True}]
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {"tau": 0.9, "scope": "bucket"},
+    {"tau": 0.9, "scope": "model"},
+    {},
+    {"watch": True},
+)
 
 
 def _train(
@@ -62,7 +69,7 @@ def _step_without_sync(device: torch.device, settings: dict[str, Any]) -> None:
 
 
 def _device_to_host_copies(device: torch.device, settings: dict[str, Any]) -> list[str] | None:
-    """Return what was copied, None where the profiler may not look at the device."""
+    """Return what was copied but to pinned memory, None where the profiler may not look at the device."""
     model, optimizer, inputs = _train(device, settings)
     with torch.profiler.profile() as profile:
         _step(model, optimizer, inputs)
@@ -73,7 +80,7 @@ def _device_to_host_copies(device: torch.device, settings: dict[str, Any]) -> li
         for event in events
     ):
         return None
-    return [event.name for event in events if "Memcpy DtoH" in event.name]
+    return [event.name for event in events if "Memcpy DtoH" in event.name and "Pinned" not in event.name]
 
 
 @every_world
@@ -84,13 +91,45 @@ def test_a_training_step_has_no_host_sync(nccl_ranks: Ranks, world_size: int, se
 
 @every_world
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_a_training_step_copies_nothing_to_the_host(
+def test_a_training_step_copies_nothing_to_memory_that_the_host_would_wait_for(
     nccl_ranks: Ranks, world_size: int, settings: dict[str, Any]
 ) -> None:
     for copies in nccl_ranks(world_size, _device_to_host_copies, settings):
         if copies is None:
             pytest.skip("the profiler sees nothing of the device here")
         assert copies == []
+
+
+def _correct_behind_a_busy_group(device: torch.device) -> tuple[list[bool], bool]:
+    """Return which sums were corrected while the group's stream was still busy, and whether backward's waited."""
+    model, _, inputs = _train(device, {})
+    events: list[torch.cuda.Event] = []
+
+    def correct(total: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        events.append(torch.cuda.Event())
+        events[-1].record()
+        return total
+
+    hook.correct = correct  # type: ignore[attr-defined]
+    side, busy = torch.cuda.Stream(device), torch.ones(1, device=device)
+    loss = model(inputs).square().mean()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(2_000_000_000)  # about a second
+        dist.all_reduce(busy)  # what is added up next comes behind it
+    loss.backward()
+    behind = torch.cuda.Event()
+    behind.record()
+    early = [event.query() for event in (*events, behind)]
+    torch.cuda.synchronize()
+    return early[:-1], early[-1]
+
+
+def test_sums_are_corrected_behind_the_all_reduce_and_backward_ends_behind_them(nccl_ranks: Ranks) -> None:
+    for early, backward in nccl_ranks(1, _correct_behind_a_busy_group):
+        assert early
+        assert not any(early)
+        assert not backward
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # that it is a prototype

@@ -36,10 +36,8 @@ class Places:
         key = tuple(map(id, parameters))
         if key not in self._spans:
             # Complex numbers are pairs of real ones in an engine's vector.
-            counts = [each.numel() * (1 + each.is_complex()) for each in parameters]
-            known = [
-                self._place_of(each, n if count is None else 0) for each, n in zip(parameters, counts, strict=True)
-            ]
+            counts = [each.numel() * (1 + each.is_complex()) if count is None else 0 for each in parameters]
+            known = [self._place_of(*each) for each in zip(parameters, counts, strict=True)]
             if count is None:
                 self._spans[key] = spans_of(zip(known, counts, strict=True))
             else:

@@ -34,9 +34,8 @@ class Unit:
         info = group.mesh_info
         self.is_replicated = info.replicate_mesh_dim is not None
         if info.shard_mesh_dim is None or (self.is_replicated and info.mesh.size(info.shard_mesh_dim) == 1):
-            raise ValueError(
-                f"model must be sharded over more than one rank, found replicas alone {_of(name)}: use DDP"
-            )
+            rule = "model must be sharded over more than one rank"
+            raise ValueError(f"{rule}, found replicas alone {_of(name)}: use DistributedDataParallel")
         self.shards: dist.ProcessGroup = group._reduce_scatter_process_group
         ranks = info.mesh.mesh.flatten().tolist() if self.is_replicated else dist.get_process_group_ranks(self.shards)
         self.ranks: list[int] = sorted(ranks)

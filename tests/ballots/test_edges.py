@@ -7,13 +7,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel.ddp import _pre_dp_module_transform
 from torch.utils.checkpoint import checkpoint
 
-from gaf_ddp import GAFState, gaf_hook
+from gaf_ddp import GAFState, gaf_hook, skip_on_disagreement
 from tests.ballots.test_late import alike
 from tests.ballots.training import SIZES, TINY, N, train
 from tests.gradients import agreeing_gradients
-from tests.nets import Probe, assert_replicas_equal, ddp, flat_gradients, mlp
+from tests.nets import Probe, assert_replicas_equal, ddp, flat_gradients, flat_parameters, mlp
 
 Ranks = Callable[..., list[Any]]
 
@@ -60,6 +63,47 @@ def test_reentrant_checkpoints_are_one_step_a_backward(
     for steps, kept in ranks(4, train_reentrant, settings, static_graph):
         assert steps == 60
         assert kept <= (0.1 if "tau" not in settings else 0.5)
+
+
+def skip_reentrant(device: torch.device, scope: str) -> float:
+    """Return how far parameters moved in steps on which two ranks are opposed."""
+    model = ddp(Reentrant(), device, bucket_cap_mb=0.0003)
+    state = GAFState(tau=0.9, scope=scope)  # type: ignore[arg-type]
+    model.register_comm_hook(state, gaf_hook)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    skip_on_disagreement(optimizer, state)
+    before = flat_parameters(model)
+    for _ in range(4):
+        optimizer.zero_grad()
+        x = torch.ones(8, 12, requires_grad=True)
+        (model(x).square().mean() * (1 - 2 * dist.get_rank())).backward()
+        optimizer.step()
+    return (flat_parameters(model) - before).abs().max().item()
+
+
+@pytest.mark.parametrize("scope", ["bucket", "model"])
+def test_reentrant_checkpoints_skip_exactly(ranks: Ranks, scope: str) -> None:
+    assert ranks(2, skip_reentrant, scope) == [0.0, 0.0]
+
+
+def train_over_a_mesh(device: torch.device) -> str:
+    """Return what the hook says of DDP over one dimension of a mesh, and tensor parallelism over the other."""
+    mesh = init_device_mesh(device.type, (2, 2), mesh_dim_names=("dp", "tp"))
+    module = parallelize_module(nn.Sequential(nn.Linear(12, 12)), mesh["tp"], {"0": ColwiseParallel()})
+    _pre_dp_module_transform(module)
+    model, state = nn.parallel.DistributedDataParallel(module, process_group=mesh.get_group("dp")), GAFState()
+    state.process_group = mesh.get_group("dp")
+    model.register_comm_hook(state, gaf_hook)
+    try:
+        model(torch.ones(2, 12)).sum().backward()
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_tensor_parallel_parameters_are_refused(gloo_ranks: Ranks) -> None:
+    for said in gloo_ranks(4, train_over_a_mesh):
+        assert said.startswith("parameters must be whole on every rank, found one that is spread over 2 ranks")
 
 
 def train_with_waiting_hook(device: torch.device, settings: dict[str, Any]) -> float:

@@ -26,7 +26,8 @@ def train(device: torch.device, how: str, folder: Path, settings: dict[str, Any]
     """Train until rank 1 fails in step 3; return what backward, or the user's loss, raised, and after which time."""
     store = dist.FileStore(str(folder / "ended"), 3)  # type: ignore[attr-defined]
     group = dist.new_group(timeout=timedelta(seconds=TIMEOUT))
-    model, state = ddp(mlp(), device, process_group=group, bucket_cap_mb=0.001), GAFState(group, **settings)  # type: ignore[arg-type]
+    assert isinstance(group, dist.ProcessGroup)
+    model, state = ddp(mlp(), device, process_group=group, bucket_cap_mb=0.001), GAFState(group, **settings)
     model.register_comm_hook(state, gaf_hook)
     end, begun = "nothing", 0.0
     try:
@@ -57,7 +58,27 @@ def test_a_loss_that_raises_ends_the_others_by_the_time_out(
             assert end == "LookupError: no label today"
         else:
             assert seconds < 2 * TIMEOUT + 2
-            assert re.search(r"^RuntimeError: .*gaf_ddp: step [23], bucket 0: ", end, re.DOTALL), end
+            assert re.search(r"gaf_ddp: step 3, bucket 0 \(are all loaders as long\?\): ", end), end
+
+
+def hook_rank_0_alone(device: torch.device) -> str:
+    """Return what backward raises where only rank 0 has the hook."""
+    group = dist.new_group(timeout=timedelta(seconds=TIMEOUT))
+    assert isinstance(group, dist.ProcessGroup)
+    model = ddp(mlp(), device, process_group=group)
+    if dist.get_rank() == 0:
+        model.register_comm_hook(GAFState(group), gaf_hook)
+    try:
+        for _ in range(2):
+            model(torch.ones(2, 12)).sum().backward()
+            time.sleep(2 * TIMEOUT)  # a process that ends would end the others sooner
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_hook_on_one_rank_alone_asks_whether_it_is_on_every_rank(gloo_ranks: Ranks) -> None:
+    assert "before the first bucket (is the hook on every rank?)" in gloo_ranks(3, hook_rank_0_alone)[0]
 
 
 def test_a_rank_that_dies_ends_the_others_at_once(gloo_ranks: Ranks, tmp_path: Path) -> None:

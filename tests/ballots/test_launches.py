@@ -56,8 +56,8 @@ def replace(launches: Launches) -> None:
     of_fold = SimpleNamespace(can_fold=lambda x: True, fold=launches.count(2, fold._fold_on_cpu))
     of_scale = SimpleNamespace(can_scale=lambda x: True, scale=launches.count(1, scale._scale_on_host))
     of_scale.correct = launches.count(1, correct)
-    vars(fold)["kernels"] = lambda kind, name: of_fold
-    vars(scale)["kernels"] = lambda kind, name: of_scale
+    fold.kernels = lambda kind, name: of_fold  # type: ignore[assignment, attr-defined]
+    scale.kernels = lambda kind, name: of_scale  # type: ignore[assignment, attr-defined]
     for module in (ballot, limits, late):
         module.to_device = launches.count(1, module.to_device)  # type: ignore[attr-defined]
     draw, tally = late.LateFilter.draw, Counting._count

@@ -132,6 +132,11 @@ class Odd(nn.Module):
         return out.abs().square().sum()
 
 
+def gradient_of(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad.to(torch.complex128)
+
+
 def train_odd(device: torch.device, dtype: torch.dtype, turned: int | None) -> float:
     """Return how far gradients of the last step are off the mean of those that count, relatively."""
     model, state = filtered(device, Odd(dtype))
@@ -143,10 +148,7 @@ def train_odd(device: torch.device, dtype: torch.dtype, turned: int | None) -> f
             (sign * each(inputs.to(dtype))).backward()
         assert state.agreement is not None
     found, gradient = (
-        torch.cat(
-            [torch.view_as_real(p.grad.to(torch.complex128)).flatten() for p in each.parameters() if p.grad is not None]
-        )
-        for each in (model, own)
+        torch.cat([torch.view_as_real(gradient_of(p)).flatten() for p in each.parameters()]) for each in (model, own)
     )
     everyone = [torch.empty_like(gradient) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, gradient)
@@ -233,8 +235,8 @@ def make_groups_anew(device: torch.device) -> int:
     steps = 0
     pairs = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     for group in (dist.new_group(), pairs[dist.get_rank() % 2], dist.new_group()):
-        assert group is not None
-        state = GAFState(group)  # type: ignore[arg-type]
+        assert isinstance(group, dist.ProcessGroup)
+        state = GAFState(group)
         model = ddp(mlp(), device, process_group=group)
         model.register_comm_hook(state, gaf_hook)
         for inputs, targets in batches(dist.get_rank(), 3):

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 
 from gaf_ddp import GAFState, gaf_hook
+from gaf_ddp.checks import ballots
 from gaf_ddp.checks.sums import GUARDED, require_sums
 from tests.checks.faults import FAULTS, error_of, faulty_sums
 from tests.marks import job_but
