@@ -35,9 +35,9 @@ class Places:
         """
         key = tuple(map(id, parameters))
         if key not in self._spans:
-            known = [self._place_of(each, each.numel() if count is None else 0) for each in parameters]
+            counts = [_numbers_of(each) if count is None else 0 for each in parameters]
+            known = [self._place_of(*each) for each in zip(parameters, counts, strict=True)]
             if count is None:
-                counts = (each.numel() for each in parameters)
                 self._spans[key] = spans_of(zip(known, counts, strict=True))
             else:
                 self._spans[key] = spans_of([(self._next, count)])
@@ -50,3 +50,8 @@ class Places:
             self._next += count
             self.parameters.append(parameter)
         return self._place[id(parameter)]
+
+
+def _numbers_of(parameter: Tensor) -> int:
+    """Return how many real numbers a bucket has of it: DDP makes two of a complex one."""
+    return parameter.numel() * (2 if parameter.is_complex() else 1)
