@@ -7,7 +7,6 @@ from torch import Tensor
 from gaf_ddp.kernels.fold import Spans, spans_of
 
 Key = tuple[int, ...]
-_OF_A_REPLICA = 2**40  # elements, more than any rank's part of a model
 
 
 class Places:
@@ -15,14 +14,11 @@ class Places:
 
     Engines bring parameters in the same order on all ranks, and in every process that runs the same job. So sketches
     mean the same after a restart, and when DDP lays its buckets out anew.
-
-    Args:
-        part: which part of a model this rank holds, where ranks hold parts of one (`replica_group`); else 0.
     """
 
-    def __init__(self, part: int = 0) -> None:
+    def __init__(self) -> None:
         self.parameters: list[Tensor] = []  # in their order; held, so that no other takes an id
-        self._next = part * _OF_A_REPLICA
+        self._next = 0
         self._place: dict[int, int] = {}  # by id
         self._spans: dict[Key, Spans] = {}
 
@@ -35,8 +31,7 @@ class Places:
         """
         key = tuple(map(id, parameters))
         if key not in self._spans:
-            # Complex numbers are pairs of real ones in an engine's vector.
-            counts = [each.numel() * (1 + each.is_complex()) if count is None else 0 for each in parameters]
+            counts = [_numbers_of(each) if count is None else 0 for each in parameters]
             known = [self._place_of(*each) for each in zip(parameters, counts, strict=True)]
             if count is None:
                 self._spans[key] = spans_of(zip(known, counts, strict=True))
@@ -51,3 +46,8 @@ class Places:
             self._next += count
             self.parameters.append(parameter)
         return self._place[id(parameter)]
+
+
+def _numbers_of(parameter: Tensor) -> int:
+    """Return how many real numbers a bucket has of it: DDP makes two of a complex one."""
+    return parameter.numel() * (2 if parameter.is_complex() else 1)

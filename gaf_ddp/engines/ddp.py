@@ -28,6 +28,8 @@ class Model:
         """Raise ValueError if these are another model's parameters."""
         key = tuple(map(id, parameters))
         model = None if self._model is None else self._model()
+        if model is not None and model.process_group is not self.process_group:
+            raise ValueError("process_group of the model was changed while training: make a new GAFState, and model")
         if key in self._known or model is None:
             return
         own = set(map(id, model.parameters()))

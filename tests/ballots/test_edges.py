@@ -277,3 +277,47 @@ def test_a_part_with_a_nan_takes_its_bucket_out_and_no_other(ranks: Ranks) -> No
         expected = gradients[2].double().mean(0)
         expected[311:] = gradients[2, 1:, 311:].double().mean(0)
         assert (trained.gradients[2] - expected).norm() < 1e-6 * expected.norm()
+
+
+class Waves(nn.Module):
+    """Complex parameters of both widths between real ones; DDP makes buckets of one dtype each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        dtypes = [torch.complex64, torch.float32, torch.complex128, torch.complex64]
+        self.parts = nn.ParameterList(torch.randn(70, dtype=dtype, generator=generator) for dtype in dtypes)
+
+    def forward(self, factors: Tensor) -> Tensor:
+        products = [(part * factor).abs().square().sum() for part, factor in zip(self.parts, factors, strict=True)]
+        return torch.stack([product.double() for product in products]).sum()
+
+
+def average_waves(device: torch.device, settings: dict[str, Any], turned: int | None) -> tuple[float, int]:
+    """Return how far complex gradients are off the mean of the ranks, a turned one left out, and the steps."""
+    model, state = ddp(Waves(), device, bucket_cap_mb=0.0005), GAFState(**settings)
+    model.register_comm_hook(state, gaf_hook)
+    off = 0.0
+    for step in range(6):
+        factors = 1 + 0.1 * torch.rand(4, 4, generator=torch.Generator().manual_seed(step))
+        signs = torch.ones(4) if turned is None else 1 - 2 * (torch.arange(4) == turned).float()
+        model.zero_grad()
+        (model(factors[dist.get_rank()].to(device)) * signs[dist.get_rank()]).backward()
+        if turned is None or step == 5:
+            scale = factors[signs > 0].square().mean(0)
+            for part, each in zip(model.module.parts, scale, strict=True):
+                off = max(off, (part.grad - 2 * part.detach() * each).abs().max().item())
+    return off, state.step
+
+
+@pytest.mark.parametrize("settings", [{}, {"check_every": 1}, {"watch": True}, {"tau": 2.0}], ids=str)
+def test_complex_gradients_are_averaged(ranks: Ranks, settings: dict[str, Any]) -> None:
+    for off, steps in ranks(4, average_waves, settings, None):
+        assert off < 1e-4
+        assert steps == 6
+
+
+@pytest.mark.parametrize("settings", [{}, {"tau": 0.5}], ids=str)
+def test_a_turned_rank_with_complex_gradients_is_left_out(ranks: Ranks, settings: dict[str, Any]) -> None:
+    for off, _ in ranks(4, average_waves, settings, 1):
+        assert off < 1e-4

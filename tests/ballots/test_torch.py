@@ -241,7 +241,7 @@ def make_groups_anew(device: torch.device) -> int:
         model.register_comm_hook(state, gaf_hook)
         for inputs, targets in batches(dist.get_rank(), 3):
             cross_entropy(model(inputs), targets).backward()
-        assert_replicas_equal(model, group)  # type: ignore[arg-type]
+        assert_replicas_equal(model, group)
         steps += state.step
         dist.destroy_process_group(group)
     return steps
