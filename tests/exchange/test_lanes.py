@@ -25,14 +25,14 @@ from tools.ranks import RankError
 
 Ranks = Callable[..., list[Any]]
 
-every_scope = pytest.mark.parametrize("scope", ["bucket", "model", "running"])
+every_scope = pytest.mark.parametrize("scope", ["bucket", "model", "late"])
 
 
 def make_state(scope: str) -> GAFState:
-    """Return a state that filters by tau, or in running scope by the rule without a threshold, or only watches."""
-    if scope == "watching":  # whose gradients travel beside the thread that compares replicas
-        return GAFState(watch=True, scope="bucket", check_every=1)
-    return GAFState() if scope == "running" else GAFState(tau=1.0, scope=scope)  # type: ignore[arg-type]
+    """Return a state that filters by tau in this scope, or judges one step late, or only watches."""
+    if scope == "watching":
+        return GAFState(watch=True, check_every=1)
+    return GAFState() if scope == "late" else GAFState(tau=1.0, scope=scope)  # type: ignore[arg-type]
 
 
 class Detours(nn.Module):
@@ -66,10 +66,10 @@ def train_with_delays(device: torch.device, steps: int, scope: str) -> tuple[int
         optimizer.step()
     assert_replicas_equal(model)
     assert state.agreement is not None
-    return state.step, len(state.decisions[0].parameters) if scope == "model" else len(state.agreement.kept)
+    return state.step, len(state.agreement.kept) if scope == "bucket" else len(state.decisions[0].parameters)
 
 
-DELAYED = [(150, "bucket"), (50, "model"), (50, "running"), (50, "watching")]
+DELAYED = [(150, "bucket"), (50, "model"), (50, "late"), (50, "watching")]
 
 
 @pytest.mark.parametrize(("steps", "scope"), job_but((50, "model"), of=DELAYED))
