@@ -99,23 +99,19 @@ class GAFState:
         self.tau = tau if tau is None or callable(tau) else require_tau(tau)
         self.weighting = weighting
         self.scope, self.exchange = settings.resolve(self._ratio, scope, exchange, voters)
-        self.start_step = start_step
-        self.wire_dtype = wire_dtype
+        self.start_step, self.wire_dtype = start_step, wire_dtype
         self.max_norm_ratio = None if max_norm_ratio is None else float(max_norm_ratio)
         self.momentum = float(momentum)
-        self.judge_every = judge_every
-        self.sketch_size = sketch_size
-        self.watch = watch
-        self.voters = voters
-        self.check_every = check_every
-        self.max_consecutive_skips = max_consecutive_skips
+        self.judge_every, self.sketch_size = judge_every, sketch_size
+        self.watch, self.voters = watch, voters
+        self.check_every, self.max_consecutive_skips = check_every, max_consecutive_skips
 
         self.step = 0
         self._records = Records()
         self._judge = self._new_judge()
         self._awaits_hook = False  # attached, and no step since
-        self._way: Any = None  # what buckets go through, and whose they are: `connect` makes them
-        self._model: Any = None
+        self._way: Any = None  # what buckets go through,
+        self._model: Any = None  # and whose they are: `connect` makes both
 
     def __setattr__(self, name: str, value: object) -> None:
         """Assign a setting; AttributeError for those that hold from the first bucket on."""
@@ -139,10 +135,8 @@ class GAFState:
     def summary(self, reset: bool = True) -> dict[str, float]:
         """Return the statistics since the last reset, see `monitor.totals.summary`; waits for the last step's.
 
-        `gaf/out_rank_00` … beside them: for how many steps in a row that rank has been left out, up to now.
-
-        Logs warnings, the group's first rank for all: of decisions that found no agreement, if most did not; of
-        ranks that were out for 200 steps in a row, once in 1000 steps.
+        `gaf/out_rank_00` … beside them: for how many steps in a row that rank has been left out, up to now. Rank 0
+        warns of decisions that found no agreement, if most did not, and of ranks that were out for 200 steps in a row.
 
         Raises:
             ValueError, RuntimeError: what the hook would raise in the next step.
@@ -154,10 +148,7 @@ class GAFState:
         return self._records.statistics.summary(self.step, reset, self.max_norm_ratio)
 
     def report(self) -> Report:
-        """Return where each rank stands since training began: `str` for people, `as_dict()` for programs.
-
-        `state_dict()` saves it, another world size begins it anew. Waits and raises as `summary()` does.
-        """
+        """Return where each rank stands since training began; waits and raises as `summary()` does."""
         self._catch_up()
         return self._records.statistics.report(self.step, self.max_norm_ratio)
 
@@ -181,13 +172,12 @@ class GAFState:
         left: dict[str, Any] = dict.fromkeys(("process_group", "_way", "_model"))
         return {**self.__dict__, **left, "_is_connected": False, "_judge": self._new_judge(), "_awaits_hook": False}
 
-    @property
-    def _is_late(self) -> bool:
-        """Whether gradients are judged one step late."""
-        return self._ratio is not None or self.watch
-
     def _new_judge(self) -> Judge | None:
         return None if self._ratio is None else Judge(self._ratio, self.momentum)
+
+    @property
+    def _is_late(self) -> bool:
+        return self._ratio is not None or self.watch
 
     def _catch_up(self) -> None:
         """Read what is still on its way from the other ranks or from the device."""
