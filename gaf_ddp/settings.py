@@ -1,12 +1,15 @@
 """What GAFState may be told, and what every rank must have been told alike."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from gaf_ddp.rules.consensus import ConsensusAgreement
+from gaf_ddp.rules.memory import MOMENTUM
+from gaf_ddp.rules.weighting import require_tau
 
 
 def _number(value: object) -> bool:
@@ -95,3 +98,54 @@ def consensus_ratio(tau: object, weighting: object) -> float | None:
     if tau is None and weighting is None:
         return ConsensusAgreement().ratio
     return weighting.ratio if type(weighting) is ConsensusAgreement else None
+
+
+class Settings:
+    """The settings of a `GAFState`, which says what they mean; they are checked, and say so when they are assigned."""
+
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup | None = None,
+        tau: float | Callable[[int], float] | None = None,
+        *,
+        weighting: Callable[[Tensor], Tensor] | None = None,
+        scope: Literal["bucket", "model"] | None = None,
+        exchange: Literal["auto", "sketch", "sharded", "gather"] = "auto",
+        start_step: int = 0,
+        wire_dtype: torch.dtype | None = None,
+        max_norm_ratio: float | None = 10.0,
+        momentum: float = MOMENTUM,
+        judge_every: int | None = None,
+        sketch_size: int = 4096,
+        watch: bool = False,
+        voters: Literal["rank", "host"] = "rank",
+        check_every: int | None = None,
+        max_consecutive_skips: int | None = None,
+    ) -> None:
+        require_valid(**{name: value for name, value in locals().items() if name in RULES})
+        require(weighting is None or tau is None, "tau and weighting exclude each other: tau must be None", tau)
+        self._is_connected = False  # since a model's first bucket
+        self._ratio = consensus_ratio(tau, weighting)
+        self.process_group = process_group
+        self.tau = tau if tau is None or callable(tau) else require_tau(tau)
+        self.weighting = weighting
+        self.scope, self.exchange = resolve(self._ratio, scope, exchange, voters)
+        self.start_step, self.wire_dtype = start_step, wire_dtype
+        self.max_norm_ratio = None if max_norm_ratio is None else float(max_norm_ratio)
+        self.momentum = float(momentum)
+        self.judge_every, self.sketch_size = judge_every, sketch_size
+        self.watch, self.voters = watch, voters
+        self.check_every, self.max_consecutive_skips = check_every, max_consecutive_skips
+        self._start()
+
+    def _start(self) -> None:
+        """Begin with what there is beside the settings."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Assign a setting; AttributeError for those that hold from the first bucket on."""
+        require_assignable(self.__dict__, name, value)
+        super().__setattr__(name, value)
+
+    @property
+    def _is_late(self) -> bool:
+        return self._ratio is not None or self.watch

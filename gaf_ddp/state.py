@@ -2,25 +2,21 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from gaf_ddp import settings
 from gaf_ddp.ballots.judge import Judge
 from gaf_ddp.monitor.records import Decision, Records
 from gaf_ddp.monitor.reports import Report
 from gaf_ddp.rules.agreement import Agreement
-from gaf_ddp.rules.memory import MOMENTUM
 from gaf_ddp.rules.neighborhood import NeighborhoodAgreement
 from gaf_ddp.rules.weighting import Mean, require_tau
 from gaf_ddp.saving import from_dict, to_dict
-from gaf_ddp.settings import require
+from gaf_ddp.settings import Settings
 
 
-class GAFState:
+class GAFState(Settings):
     """Settings, step counter and statistics of `gaf_hook`. `GAFState()` needs none of the settings.
 
     Which ranks count:
@@ -72,51 +68,13 @@ class GAFState:
         AttributeError: a setting is assigned that holds from the first bucket on.
     """
 
-    def __init__(
-        self,
-        process_group: dist.ProcessGroup | None = None,
-        tau: float | Callable[[int], float] | None = None,
-        *,
-        weighting: Callable[[Tensor], Tensor] | None = None,
-        scope: Literal["bucket", "model"] | None = None,
-        exchange: Literal["auto", "sketch", "sharded", "gather"] = "auto",
-        start_step: int = 0,
-        wire_dtype: torch.dtype | None = None,
-        max_norm_ratio: float | None = 10.0,
-        momentum: float = MOMENTUM,
-        judge_every: int | None = None,
-        sketch_size: int = 4096,
-        watch: bool = False,
-        voters: Literal["rank", "host"] = "rank",
-        check_every: int | None = None,
-        max_consecutive_skips: int | None = None,
-    ) -> None:
-        settings.require_valid(**{name: value for name, value in locals().items() if name in settings.RULES})
-        require(weighting is None or tau is None, "tau and weighting exclude each other: tau must be None", tau)
-        self._is_connected = False  # since a model's first bucket
-        self._ratio = settings.consensus_ratio(tau, weighting)
-        self.process_group = process_group
-        self.tau = tau if tau is None or callable(tau) else require_tau(tau)
-        self.weighting = weighting
-        self.scope, self.exchange = settings.resolve(self._ratio, scope, exchange, voters)
-        self.start_step, self.wire_dtype = start_step, wire_dtype
-        self.max_norm_ratio = None if max_norm_ratio is None else float(max_norm_ratio)
-        self.momentum = float(momentum)
-        self.judge_every, self.sketch_size = judge_every, sketch_size
-        self.watch, self.voters = watch, voters
-        self.check_every, self.max_consecutive_skips = check_every, max_consecutive_skips
-
+    def _start(self) -> None:
         self.step = 0
         self._records = Records()
         self._judge = self._new_judge()
         self._awaits_hook = False  # attached, and no step since
         self._way: Any = None  # what buckets go through,
         self._model: Any = None  # and whose they are: `connect` makes both
-
-    def __setattr__(self, name: str, value: object) -> None:
-        """Assign a setting; AttributeError for those that hold from the first bucket on."""
-        settings.require_assignable(self.__dict__, name, value)
-        super().__setattr__(name, value)
 
     @property
     def decisions(self) -> list[Decision]:
@@ -174,10 +132,6 @@ class GAFState:
 
     def _new_judge(self) -> Judge | None:
         return None if self._ratio is None else Judge(self._ratio, self.momentum)
-
-    @property
-    def _is_late(self) -> bool:
-        return self._ratio is not None or self.watch
 
     def _catch_up(self) -> None:
         """Read what is still on its way from the other ranks or from the device."""
