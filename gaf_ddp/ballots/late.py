@@ -21,13 +21,16 @@ from gaf_ddp.ballots.ballot import Numbers, Told, affordable, pack, read
 from gaf_ddp.ballots.count import Counting, Sent
 from gaf_ddp.ballots.limits import Limits
 from gaf_ddp.ballots.places import Key, Places
+from gaf_ddp.ballots.references import References, split
 from gaf_ddp.ballots.verdict import Verdict, draw, watch
 from gaf_ddp.ballots.voters import Voters
 from gaf_ddp.checks.ballots import BallotChecks
+from gaf_ddp.engines.apart import Loss, gradient_of
 from gaf_ddp.kernels.fold import Spans, fold
 from gaf_ddp.kernels.gram import gram
 from gaf_ddp.kernels.scale import scale
 from gaf_ddp.monitor.records import Decision
+from gaf_ddp.rules.reference import TEMPERATURES
 from gaf_ddp.runtime.collectives import all_gather_single
 from gaf_ddp.runtime.device import to_device
 from gaf_ddp.runtime.errors import named
@@ -61,6 +64,7 @@ class LateFilter:
         self._limits = Limits(group, device)
         self._every = state.judge_every or 1  # steps of a ballot
         self._mode: tuple[bool, bool] | None = None
+        self.references = References()
         self.checks = BallotChecks(state.check_every, state.sketch_size, self._hosts)
         self._begin_ballot()
         self.recall()
@@ -81,7 +85,7 @@ class LateFilter:
             self._drop_check()
             self._by = self._divisor()
         self.is_open = True
-        self.checks.begin_step(state.step, self._steps == 0, self._every, self._places.parameters, self.device)
+        self.checks.begin_step(state.step, self._steps == 0, self._every, self.parameters, self.device)
 
     def weigh(self, gradient: Tensor, parameters: Sequence[Tensor], count: int | None = None) -> tuple[Tensor, Spans]:
         """Fold a bucket's gradient `(N,)` into the ballot, and scale it by this rank's share, in place.
@@ -100,6 +104,16 @@ class LateFilter:
             return self._equal_share.clone(), spans
         return scale(gradient, square, self._by, limit), spans
 
+    def fold(self, gradient: Tensor, parameters: Sequence[Tensor], count: int | None = None) -> Tensor:
+        """Return the sketch `(k,)` of a gradient `(N,)` of parameters whose training gradients came before."""
+        return fold(gradient, self._places.spans(parameters, count)[1], self._state.sketch_size)[0]
+
+    def read(self, loss: Loss) -> None:
+        """Fold the two gradients of a loss on held-out data, apart from training, for a later ballot."""
+        model = None if self._state._model is None else self._state._model.wrapped
+        readings = [gradient_of(loss, t, self.parameters, model, self.device) for t in TEMPERATURES]
+        self.references.put(torch.stack([self.fold(each, self.parameters) for each in readings]))
+
     def end(self) -> None:
         """End a step, and send the ballot if it is full."""
         self.is_open = False
@@ -107,6 +121,11 @@ class LateFilter:
         if self._steps >= self._every:
             self._send()
         self._state._end_step()
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The parameters whose gradients came, in the order of their places."""
+        return self._places.parameters
 
     def end_if_open(self) -> None:
         """End a step whose last bucket never came."""
@@ -127,13 +146,14 @@ class LateFilter:
             products, held = sent.counting.read()
             numbers = read(held, len(sent.keys))
             require_alike(shared(self._state), numbers.settings, self.group.rank())
+            self.references.require(numbers)
             self.checks.require(numbers, sent.step)
         verdict = self._verdict(sent, products, numbers)
         self.checks.compare(sent, numbers, verdict.guarded)
         self._kept = verdict.kept
         self._by = self._divisor()
         self._limits.set(sent.keys, verdict.limits)
-        decision = Decision(verdict.agreement, self._places.parameters)
+        decision = Decision(verdict.agreement, self.parameters)
         self._state._records.add_read(sent.step, decision, self._state.max_consecutive_skips)
 
     def _verdict(self, sent: Sent, products: Tensor, numbers: Numbers) -> Verdict:
@@ -180,21 +200,22 @@ class LateFilter:
         finished = torch._C._current_graph_task_id() == -1  # outside of backward a hook is called in Join alone
         if check is not None and not state.watch and counted[self.group.rank()]:
             check.guard(list(map(torch.stack, self._squares.values())), self._limits.held(self._squares))
-        own = pack(
-            self._sketch, squares, Told(finished, fingerprints(shared(state)), self.checks.hash, self.checks.off)
-        )
+        sketch = self.references.append_to(self._sketch)
+        told = finished, fingerprints(shared(state)), self.checks.hash, self.checks.off, self.references.is_waiting
+        own = pack(sketch, squares, Told(*told))
         rows = own.new_empty(self.group.size(), len(own))
         work = all_gather_single(rows.view(-1), own, group=self.group, async_op=True)
 
-        def tally(sketches: Tensor) -> Tensor:
+        def tally(found: Tensor) -> Tensor:
+            sketches, readings = split(found, state.sketch_size)
             if check is not None:
                 check.expect(sketches, counted)
             voting = self._voters.mean(sketches)
-            return gram(voting) if state._judge is None else state._judge.tally(voting, steps)
+            return gram(voting) if state._judge is None else state._judge.tally(voting, steps, readings)
 
-        counting = Counting(work, own, rows, state.sketch_size, tally)
+        counting = Counting(work, own, rows, len(sketch), tally)
         self._sent = Sent(state.step, steps, list(self._squares), counted, check, counting)
         if state.judge_every is None:
-            gradient = sum(each.numel() * each.element_size() for each in self._places.parameters)
+            gradient = sum(each.numel() * each.element_size() for each in self.parameters)
             self._every = affordable(self.group.size(), state.sketch_size, gradient)
         self._begin_ballot()

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from gaf_ddp.alike import Fingerprints, as_text, shared
 from gaf_ddp.ballots.late import LateFilter
 from gaf_ddp.connect import meet
+from gaf_ddp.engines.apart import Loss, apart, require_loss
 from gaf_ddp.engines.fsdp_units import Unit, current_backward
 from gaf_ddp.exchange.gather import GatherExchange
 from gaf_ddp.exchange.lanes import at_end_of_backward
@@ -19,6 +20,7 @@ from gaf_ddp.exchange.sketched import SketchExchange
 from gaf_ddp.kernels.gram import Rows, gram
 from gaf_ddp.monitor.records import Decision
 from gaf_ddp.rules.agreement import decide
+from gaf_ddp.rules.reference import TEMPERATURES
 from gaf_ddp.runtime.errors import named
 from gaf_ddp.settings import require
 
@@ -29,13 +31,14 @@ if TYPE_CHECKING:
 class OneStepLate:
     """Scale a unit's gradient, and judge the whole model's a step later."""
 
-    def __init__(self, state: "GAFState", units: list[Unit], group: dist.ProcessGroup) -> None:
-        self.group = group
+    def __init__(self, state: "GAFState", units: list[Unit], group: dist.ProcessGroup, model: nn.Module) -> None:
+        self.group, self._model = group, model
         self._state, self._units = state, units
         self._late: LateFilter | None = None
         self._seen: set[Unit] = set()  # in this step
         self._backward = -1  # at whose end the step may end
         self._stream: Any = None  # torch's own for reduce-scatters
+        self._reading: Tensor | None = None  # (k,), while held-out data are read
 
     def judge_unit(self, unit: Unit, gradient: Tensor) -> Tensor:
         """Fold and scale one unit's gradient `(N,)`; return this rank's share `(2,)`."""
@@ -56,6 +59,38 @@ class OneStepLate:
         if self.group.size() > 1:
             dist.all_reduce(share, group=self.group)
         return share / self.group.size()
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether gradients are those of held-out data, to be folded alone."""
+        return self._reading is not None
+
+    def fold_reading(self, unit: Unit, gradient: Tensor) -> None:
+        """Add one unit's gradient `(N,)` of held-out data to the reading."""
+        assert self._reading is not None
+        assert self._late is not None
+        self._reading += self._late.fold(gradient, unit.parameters, gradient.numel())
+
+    def read(self, loss: Loss) -> None:
+        """Fold the two gradients of a loss on held-out data, apart from training, for a later ballot."""
+        late = self._late
+        if late is None:
+            return
+        readings = []
+        for temperature in TEMPERATURES:
+            self._reading = torch.zeros(self._state.sketch_size, device=late.device)
+            kept = [(parameter, parameter.grad) for parameter in self._model.parameters()]
+            try:
+                with apart(self._model, late.device):
+                    for parameter, _ in kept:
+                        parameter.grad = None
+                    require_loss(loss(temperature)).backward()
+                readings.append(self._reading)
+            finally:
+                self._reading = None
+                for parameter, gradient in kept:
+                    parameter.grad = gradient
+        late.references.put(torch.stack(readings))
 
     def draw(self) -> None:
         """Wait for the ballots that were sent."""
