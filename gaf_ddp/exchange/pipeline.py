@@ -86,9 +86,7 @@ class Pipeline:
             RuntimeError: a rank is gone, or replicas differ; names step and bucket.
         """
         buffer: Tensor = bucket.buffer()
-        if buffer.device != self.device:
-            rule = "all parameters of a rank's model must be on one device"
-            raise ValueError(f"{rule}, found {self.device} and {buffer.device}")
+        self._require_device(buffer)
         in_backward = at_end_of_backward(self._finish)
         index, is_last = bucket.index(), bucket.is_last()
         is_first = self._latest is None or index <= self._latest  # or a backward broke off
@@ -112,6 +110,11 @@ class Pipeline:
             RuntimeError: on every rank: they differ.
         """
         self._replicas.finish()
+
+    def _require_device(self, buffer: Tensor) -> None:
+        if buffer.device != self.device:
+            rule = "all parameters of a rank's model must be on one device"
+            raise ValueError(f"{rule}, found {self.device} and {buffer.device}")
 
     def _choose(self, buffer: Tensor) -> Exchange:
         """Return how the bucket travels: by the settings, W and its bytes alone, the same on every rank."""
