@@ -13,14 +13,14 @@ from gaf_ddp.connect import meet
 from gaf_ddp.engines.apart import Loss, apart, require_loss
 from gaf_ddp.engines.fsdp_units import Unit, current_backward
 from gaf_ddp.exchange.gather import GatherExchange
-from gaf_ddp.exchange.lanes import at_end_of_backward
 from gaf_ddp.exchange.protocol import Exchange
 from gaf_ddp.exchange.sharded import ShardedExchange
 from gaf_ddp.exchange.sketched import SketchExchange
-from gaf_ddp.kernels.gram import Rows, gram
+from gaf_ddp.kernels.gram import gram
 from gaf_ddp.monitor.records import Decision
 from gaf_ddp.rules.agreement import decide
 from gaf_ddp.rules.reference import TEMPERATURES
+from gaf_ddp.runtime.backward import at_end_of_backward
 from gaf_ddp.runtime.errors import named
 from gaf_ddp.settings import require
 
@@ -141,7 +141,7 @@ class AtOnce:
         self._backward = -1  # the one that the step is
         self._stream: Any = None  # torch's own for reduce-scatters
 
-    def judge_unit(self, unit: Unit, gradient: Tensor) -> tuple[Rows, Tensor]:
+    def judge_unit(self, unit: Unit, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows, and the weights `(W,)` in the unit of ranks that count 1/W each, of one unit's gradient."""
         state = self._state
         self._begin(current_backward())
@@ -151,7 +151,7 @@ class AtOnce:
                 meet(state, self.group, gradient.device)
                 self._fingerprints = Fingerprints(self.group, gradient.device)
             weighting, settings = state._weighting_now(), as_text(shared(state))
-            rows = self._exchange.scatter(gradient)()
+            rows = self._exchange.scatter(gradient)
             summed = self._exchange.sum(torch.cat([gram(rows), self._fingerprints.own(settings)]))
             self._fingerprints.require_same(settings, summed[self.size :])
             agreement = decide(summed[: self.size], weighting, state.max_norm_ratio)
