@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from gaf_ddp.state import GAFState
 
 _NOTHING = b"-"  # no memory; `torch.load` refuses b"" where it unpickles no code
-_VERSION = 3
+_VERSION = 4
 
 
 def to_dict(state: "GAFState") -> dict[str, Any]:
@@ -36,7 +36,7 @@ def _require_saved(state_dict: Any) -> None:
     found = state_dict.get("version", _VERSION) if isinstance(state_dict, dict) else _VERSION
     require(found == _VERSION, f"state_dict's version must be {_VERSION}", found)
     keys = set(state_dict) if isinstance(state_dict, dict) else state_dict
-    names = {"memory", "totals", "reset", "history", "step", "version"}
+    names = {"memory", "totals", "reset", "history", "noise", "step", "version"}
     require(keys == names, f"state_dict must hold {sorted(names)}", keys)
     step, memory = state_dict["step"], state_dict["memory"]
     require(type(step) is int and step >= 0, "state_dict's step must be an integer >= 0", step)

@@ -30,13 +30,15 @@ class Told:
         hash: of the parameters' bits, int64 `()` on the device; None where it is not asked for.
         off: how far the last checked sum was off, `()` float64 on the device; None where none was checked.
         referenced: whether a reading of held-out data waits for the next ballot.
+        loss: of the reading in this ballot, `()` float64 on the device; None where there is none.
     """
 
     finished: bool
     settings: Sequence[float]
     hash: Tensor | None
     off: Tensor | None
-    referenced: bool = False
+    referenced: bool
+    loss: Tensor | None
 
 
 class Numbers(NamedTuple):
@@ -48,6 +50,7 @@ class Numbers(NamedTuple):
         hashes: `(W, 2)`, the halves of the parameters' hash; zeros where it was not asked for.
         off: `(W,)`, how far the last checked sum was off; zeros where none was checked.
         referenced: `(W,)`, 1 where a reading of held-out data waits for the next ballot.
+        loss: `(W,)`, of the readings in these ballots; NaN where there is none.
         settings: `(W, settings)`.
     """
 
@@ -63,12 +66,16 @@ class Numbers(NamedTuple):
 def pack(sketch: Tensor, squares: Sequence[Tensor], told: Told) -> Tensor:
     """Return a ballot as int32 numbers, which collectives of every backend take; some five launches."""
     device = sketch.device
-    known = torch.tensor([float(told.finished), 0, 0, 0, float(told.referenced), *told.settings], dtype=torch.float64)
+    known = torch.tensor(
+        [float(told.finished), 0, 0, 0, float(told.referenced), math.nan, *told.settings], dtype=torch.float64
+    )
     known = to_device(known, device)
     if told.hash is not None:
         known[1:3] = torch.stack([told.hash >> 32, told.hash & 0xFFFFFFFF])  # halves are exact in float64
     if told.off is not None:
         known[3] = told.off
+    if told.loss is not None:
+        known[5] = told.loss
     numbers = torch.cat([torch.stack(list(squares)), known])
     return torch.cat([sketch.view(torch.int32), numbers.view(torch.int32)])
 

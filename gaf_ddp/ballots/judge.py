@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gaf_ddp.rules.consensus import upper_median
 from gaf_ddp.rules.memory import ConsensusMemory
-from gaf_ddp.rules.reference import ReferenceMemory, cosines_with
+from gaf_ddp.rules.reference import Evidence, Reading, ReferenceMemory, cosines_with
 
 _LONGEST = 10.0  # median lengths, to which a ballot's gradient is cut in the sums that references are held against
 
@@ -22,6 +22,7 @@ class Opinion(NamedTuple):
         z: `(V,)` float64, distance to the consensus, NaN where it is not known.
         flipped: bool `(V,)`, left out since its mirror image would be a member.
         gramian: `(V, V)` float64, inner products of the ballot's gradients, by their sketches.
+        equal: bool `(V, V)`, whose gradients have been equal for ten steps in a row.
         verdict: `(V,)` float64, `TRUSTED`, `CONDEMNED` or 0 by held-out data; None before the first of it.
     """
 
@@ -29,6 +30,7 @@ class Opinion(NamedTuple):
     z: Tensor
     flipped: Tensor
     gramian: Tensor
+    equal: Tensor
     verdict: Tensor | None
 
 
@@ -60,8 +62,9 @@ class Judge:
             shares: `(W, 2, k)` float32, each rank's share of two readings of held-out data, if this ballot has them.
 
         Returns:
-            `(2 V, 2 V)` float64, inner products of the momenta, and behind them of the gradients. With shares a row
-            more: the cosines `(2, V)` of what the voters' gradients since the last reading add up to.
+            `(2 V, 2 V)` float64, inner products of the momenta, and behind them of the gradients. With shares two
+            rows more: the cosines `(2, V)` of what the voters' gradients since the last reading add up to, and the
+            signal `(2,)` of the shares (`cosines_with`).
         """
         momenta = self._momenta
         if momenta is None or momenta.shape != gradients.shape:
@@ -92,13 +95,14 @@ class Judge:
         cut = (_LONGEST * upper_median(lengths, lengths > 0) / lengths).clamp(max=1)
         self._sums = self._sums.to(gradients.device) + torch.where(lengths > 0, cut, 0)[:, None] * gradients
 
-    def judge(self, products: Tensor, voters: Tensor, steps: int, loss: float = 0.0) -> Opinion:
+    def judge(self, products: Tensor, voters: Tensor, steps: int, loss: float = math.nan) -> Opinion:
         """Judge a ballot by what `tally` returned, read on the host, and remember it.
 
         Args:
-            products: `(2 V, 2 V)` float64, or a row more.
+            products: as `tally` returned it, on the host.
             voters: bool `(V,)`, who has a gradient that is finite and not zero.
             steps: how many steps the ballot is about.
+            loss: on held-out data, if the ballot has a reading of them.
         """
         count = len(voters)
         if len(self.kept) != count:
@@ -107,7 +111,7 @@ class Judge:
         found = self._memory.judge(products[:count, :count], gramian, voters, steps)
         if len(products) > 2 * count:
             cosines, signal = products[2 * count].view(2, count), products[2 * count + 1, :2]
-            self._reference.weigh(cosines, signal, loss, self.kept)
+            self._reference.weigh(Reading(cosines, signal, loss), self.kept)
         good = torch.where(found.z.isnan(), self.kept, found.z <= self.ratio) & ~found.flipped
         good = self._reference.keep(good, found.z, self.ratio)
         if bool((good & voters).any()):  # else nobody would count
@@ -115,8 +119,8 @@ class Judge:
         self._moves = (
             found.moves if self._momenta is None or self._momenta.device.type == "cpu" else (found.moves.pin_memory())
         )
-        evidence = self._reference.evidence
-        return Opinion(self.kept, found.z, found.flipped, gramian, None if evidence is None else evidence.verdict)
+        verdict = None if self._reference.evidence is None else self._reference.evidence.verdict
+        return Opinion(self.kept, found.z, found.flipped, gramian, found.equal, verdict)
 
     def dump(self) -> bytes:
         """Return all of it, at a host sync, as bytes without code."""
@@ -124,7 +128,7 @@ class Judge:
         momenta = None if self._momenta is None else self._momenta.cpu()
         sums = None if self._sums is None else self._sums.cpu()
         held = {"momenta": momenta, "moves": self._moves, "kept": self.kept, "cosines": self._memory.cosines}
-        torch.save({**held, "sums": sums, "evidence": self._reference.dump()}, file)
+        torch.save({**held, "equal": self._memory.equal, "sums": sums, "evidence": self._reference.dump()}, file)
         return file.getvalue()
 
     def load(self, content: bytes) -> None:
@@ -139,7 +143,7 @@ class Judge:
         except Exception as error:
             raise ValueError(f"memory must be what state_dict() returned, found {content!r:.60}") from error
         self._momenta, self._moves, self.kept = found["momenta"], found["moves"], found["kept"]
-        self._memory.cosines, self._sums = found["cosines"], found["sums"]
+        self._memory.cosines, self._memory.equal, self._sums = found["cosines"], found["equal"], found["sums"]
         self._reference.load(found["evidence"])
 
 
@@ -151,7 +155,10 @@ def _require_sound(
     sound = kept.dtype == torch.bool and kept.shape == (count,)
     sound &= cosines.dtype == torch.float64 and cosines.dim() == 3 and len(cosines) == 2
     sound &= cosines.shape[1:] in ((count, count), (0, 0)) and bool(cosines.isfinite().all())
-    sound &= evidence.dtype == torch.float64 and evidence.shape in ((7, count), (7, 0))
+    sound &= evidence.dtype == torch.float64 and evidence.shape in (
+        (len(Evidence._fields), count),
+        (len(Evidence._fields), 0),
+    )
     sound &= bool(evidence.isfinite().all())
     for each in (momenta, sums):
         if each is not None:

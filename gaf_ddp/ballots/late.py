@@ -55,6 +55,7 @@ class LateFilter:
         self.group, self.device, self.wire_dtype = group, device, state.wire_dtype if group.size() > 1 else None
         self._state, self._hosts = state, state._records.statistics.hosts
         self._voters = Voters.named(state.voters, self._hosts)
+        state._records.statistics.voter_of = None if self._voters.are_ranks else self._voters.of_ranks
         self._unit, self._places = group.size() if averages else 1, Places()  # what shares add up to; of elements
         self.is_open = False  # between a step's first bucket and its last one
         self._equal_share = torch.tensor([self._unit / group.size(), 0.0], dtype=torch.float64).to(device)
@@ -111,8 +112,8 @@ class LateFilter:
     def read(self, loss: Loss) -> None:
         """Fold the two gradients of a loss on held-out data, apart from training, for a later ballot."""
         model = None if self._state._model is None else self._state._model.wrapped
-        readings = [gradient_of(loss, t, self.parameters, model, self.device) for t in TEMPERATURES]
-        self.references.put(torch.stack([self.fold(each, self.parameters) for each in readings]))
+        found = [gradient_of(loss, t, self.parameters, model, self.device) for t in TEMPERATURES]
+        self.references.put([self.fold(gradient, self.parameters) for gradient, _ in found], found[-1][1])
 
     def end(self) -> None:
         """End a step, and send the ballot if it is full."""
@@ -154,7 +155,7 @@ class LateFilter:
         self._by = self._divisor()
         self._limits.set(sent.keys, verdict.limits)
         decision = Decision(verdict.agreement, self.parameters)
-        self._state._records.add_read(sent.step, decision, self._state.max_consecutive_skips)
+        self._state._records.add_read(sent.step, decision, self._state.max_consecutive_skips, sent.steps)
 
     def _verdict(self, sent: Sent, products: Tensor, numbers: Numbers) -> Verdict:
         state = self._state
@@ -200,9 +201,9 @@ class LateFilter:
         finished = torch._C._current_graph_task_id() == -1  # outside of backward a hook is called in Join alone
         if check is not None and not state.watch and counted[self.group.rank()]:
             check.guard(list(map(torch.stack, self._squares.values())), self._limits.held(self._squares))
-        sketch = self.references.append_to(self._sketch)
-        told = finished, fingerprints(shared(state)), self.checks.hash, self.checks.off, self.references.is_waiting
-        own = pack(sketch, squares, Told(*told))
+        sketch, loss = self.references.append_to(self._sketch)
+        waits, settings = self.references.is_waiting, fingerprints(shared(state))
+        own = pack(sketch, squares, Told(finished, settings, self.checks.hash, self.checks.off, waits, loss))
         rows = own.new_empty(self.group.size(), len(own))
         work = all_gather_single(rows.view(-1), own, group=self.group, async_op=True)
 

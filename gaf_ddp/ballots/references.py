@@ -1,5 +1,7 @@
 """Readings of held-out data on their way: two sketches that a later ballot carries, once all ranks have them."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,22 +21,22 @@ class References:
 
     def __init__(self) -> None:
         self.due = False
-        self._waiting: Tensor | None = None  # (2 k,)
+        self._waiting: tuple[Tensor, Tensor] | None = None  # (2 k,), and its loss ()
 
-    def put(self, readings: Tensor) -> None:
-        """Take a reading, sketches `(2, k)` float32, in place of one that still waits."""
-        self._waiting = readings.flatten()
+    def put(self, readings: Sequence[Tensor], loss: Tensor) -> None:
+        """Take a reading, two sketches `(k,)` float32 and the second one's loss, in place of one that still waits."""
+        self._waiting = torch.cat(list(readings)), loss
 
-    def append_to(self, sketch: Tensor) -> Tensor:
-        """Return a ballot's sketch `(k,)`, and behind it the reading, `(3 k,)`, if it is due.
+    def append_to(self, sketch: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return a ballot's sketch `(k,)`, and behind it the reading, `(3 k,)`, if it is due; and the loss.
 
         A rank that waits for the others in DDP's Join has none, and sends zeros.
         """
         if not self.due:
-            return sketch
-        reading = sketch.new_zeros(2 * len(sketch)) if self._waiting is None else self._waiting
-        self.due, self._waiting = False, None
-        return torch.cat([sketch, reading])
+            return sketch, None
+        waiting, self.due, self._waiting = self._waiting, False, None
+        reading, loss = waiting or (sketch.new_zeros(2 * len(sketch)), None)
+        return torch.cat([sketch, reading]), loss
 
     @property
     def is_waiting(self) -> bool:

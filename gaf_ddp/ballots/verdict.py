@@ -64,6 +64,8 @@ def draw(
     counting = kept & present
     norms = squares.sqrt()
     gramian = voters.spread(found.gramian)
+    if steps == 1 and voters.are_ranks:
+        gramian = as_long_as(gramian, total)
     verdict = None if found.verdict is None else voters.spread(found.verdict)
     agreement = Agreement(
         gramian=gramian,
@@ -76,6 +78,7 @@ def draw(
         overlong=present & (norms > limits).any(1),
         distance=voters.spread(found.z),
         flipped=voters.spread(found.flipped),
+        equal=voters.spread(found.equal) & ~torch.eye(len(kept), dtype=torch.bool),
         trusted=None if verdict is None else verdict == TRUSTED,
         condemned=None if verdict is None else verdict == CONDEMNED,
         finished=numbers.finished != 0,
@@ -92,10 +95,15 @@ def draw(
 def watch(weighting: Callable[[Tensor], Tensor], products: Tensor, numbers: Numbers, ratio: float | None) -> Verdict:
     """Record what a rule without a memory would have decided on the ballots' gradients; everyone counts."""
     total = numbers.squares.sum(1)
-    length = products.diagonal().sqrt()
-    exact = torch.where(length > 0, total.sqrt() / length, 1)  # sketches know norms to 1/√k only
-    gramian = products * exact[:, None] * exact[None, :]
+    gramian = as_long_as(products, total)
     gramian.diagonal()[~total.isfinite()] = math.nan
     agreement = decide(gramian, weighting, ratio)
     everyone = torch.ones_like(agreement.kept)
     return Verdict(everyone, torch.full_like(numbers.squares, math.inf), agreement, guarded=False)
+
+
+def as_long_as(gramian: Tensor, squares: Tensor) -> Tensor:
+    """Return a Gramian `(W, W)` of sketches, which know norms to 1/√k, with the exact squared norms `(W,)`."""
+    length = gramian.diagonal().sqrt()
+    exact = torch.where((length > 0) & squares.isfinite(), squares.sqrt() / length, 1)
+    return gramian * exact[:, None] * exact[None, :]

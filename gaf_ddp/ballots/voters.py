@@ -11,12 +11,15 @@ class Voters:
 
     Args:
         of_ranks: each rank's voter, 0 to V − 1.
+
+    Attributes:
+        are_ranks: whether each is one rank.
     """
 
     def __init__(self, of_ranks: list[int]) -> None:
         self.count = len(set(of_ranks))
         self.of_ranks = torch.tensor(of_ranks)
-        self._alone = self.count == len(of_ranks)
+        self.are_ranks = self.count == len(of_ranks)
         self._belongs = torch.nn.functional.one_hot(self.of_ranks, self.count).mT.double()  # (V, W)
 
     @classmethod
@@ -28,7 +31,7 @@ class Voters:
         """Return the voters' sketches `(V, k)`, means over those of their ranks' that are finite; zeros for none."""
         finite = (0 * sketches).sum(1) == 0  # three launches, `isfinite().all(1)` is five
         clean = torch.where(finite[:, None], sketches, 0)
-        if self._alone:
+        if self.are_ranks:
             return clean
         self._belongs = self._belongs.to(sketches.device)  # once: the host would wait for the ballots here
         belongs = self._belongs * finite

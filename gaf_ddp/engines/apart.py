@@ -54,8 +54,11 @@ def _pass_by(model: DistributedDataParallel, stack: ExitStack) -> None:
 
 def gradient_of(
     loss: Loss, temperature: float, parameters: Sequence[Tensor], model: nn.Module | None, device: torch.device
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Return the flat gradient `(N,)` of a loss, parameter by parameter, apart from training; no `grad` changes.
+
+    Returns:
+        The gradient, and the loss `()` float64.
 
     Raises:
         TypeError: loss returned something else than one number with a gradient.
@@ -64,7 +67,8 @@ def gradient_of(
         value = require_loss(loss(temperature))
         found = torch.autograd.grad(value, list(parameters), allow_unused=True)
     whole = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
-    return torch.cat([(torch.view_as_real(g) if g.is_complex() else g).reshape(-1) for g in whole])
+    flat = torch.cat([(torch.view_as_real(g) if g.is_complex() else g).reshape(-1) for g in whole])
+    return flat, value.detach().double().view(())
 
 
 def require_loss(value: object) -> Tensor:

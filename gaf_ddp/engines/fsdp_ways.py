@@ -84,13 +84,14 @@ class OneStepLate:
                 with apart(self._model, late.device):
                     for parameter, _ in kept:
                         parameter.grad = None
-                    require_loss(loss(temperature)).backward()
+                    value = require_loss(loss(temperature))
+                    value.backward()
                 readings.append(self._reading)
             finally:
                 self._reading = None
                 for parameter, gradient in kept:
                     parameter.grad = gradient
-        late.references.put(torch.stack(readings))
+        late.references.put(readings, value.detach().double().view(()))
 
     def draw(self) -> None:
         """Wait for the ballots that were sent."""

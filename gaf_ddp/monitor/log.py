@@ -14,7 +14,15 @@ from gaf_ddp.settings import require
 from gaf_ddp.state import GAFState
 
 SHARES = ("nonfinite", "overlong", "zero")  # of a record's decisions
-_OF_REPORT = ("host", "trend", "first_out", "out_since", "longest_out")  # what GAFState.report() alone knows
+_OF_REPORT = (
+    "host",
+    "trend",
+    "first_out",
+    "out_since",
+    "longest_out",
+    "trusted_since",
+    "condemned_since",
+)  # what GAFState.report() alone knows
 
 
 class AgreementLog:
@@ -113,6 +121,7 @@ class AgreementLog:
             "ratio": self.state._ratio,
             "max_norm_ratio": self.state.max_norm_ratio,
             **{name: _plain(value) for name, value in summary(sums).items() if "rank" not in name},
+            "gaf/noise_scale": _plain(self.state._records.statistics.noise_scale),
             "ranks": self._ranks(sums, now),
             "cosine": now["cosine"] if self._cosine_written == step else None,
         }

@@ -28,10 +28,10 @@ class Records:
         self.followers: list[Callable[[list[Decision]], None]] = []  # each is told every step's decisions
         self._reading = Reading()
 
-    def add_read(self, step: int, decision: Decision, limit: int | None) -> None:
-        """Add a decision that is on the host."""
+    def add_read(self, step: int, decision: Decision, limit: int | None, steps: int) -> None:
+        """Add a decision on so many steps that is on the host."""
         self.decisions = [decision]
-        self.statistics.record(step, [decision.agreement], limit)
+        self.statistics.record(step, [decision.agreement], limit, steps)
 
     def add(self, step: int, decided: list[Decision], numbers: list[Tensor], limit: int | None) -> None:
         """Add a step's decisions, with the numbers `(W,)` of the settings each rank decided by.

@@ -26,6 +26,8 @@ class RankStanding:
         first_out: the first step that left it out, None if none did.
         out_since: the step since which every one left it out, None if the last one did not.
         longest_out: the most steps in a row that did.
+        trusted_since: the step since which held-out data speak for it: it is kept however far it is. Or None.
+        condemned_since: the step since which they speak against it: it is left out. Or None.
     """
 
     rank: int
@@ -41,6 +43,8 @@ class RankStanding:
     first_out: int | None
     out_since: int | None
     longest_out: int
+    trusted_since: int | None = None
+    condemned_since: int | None = None
 
     def __str__(self) -> str:
         """Return one line."""
@@ -62,7 +66,13 @@ class RankStanding:
             "finished": 0 if self.kept is None else self.finished,
         }
         line += "".join(f", {name} {count} time{'s' * (count > 1)}" for name, count in counts.items() if count)
-        return line if self.out_since is None else f"{line}, out since step {self.out_since}"
+        if self.out_since is not None:
+            line += f", out since step {self.out_since}"
+        if self.condemned_since is not None:
+            line += f", condemned at step {self.condemned_since}: its data raise the held-out loss"
+        if self.trusted_since is not None:
+            line += f", trusted since step {self.trusted_since}: its data lower the held-out loss"
+        return line
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,7 @@ class Report:
     decisions: int
     ranks: list[RankStanding]
     max_norm_ratio: float | None = None  # the state's
+    watch: bool = False  # the state's
 
     def as_dict(self) -> dict[str, Any]:
         """Return the same in plain dictionaries, as JSON can hold them."""
@@ -90,11 +101,38 @@ class Report:
         """Return a line for each rank that is out, is kept rarely, or was not finite."""
         out = self.out_for(10)
         kept = {each.rank: 1.0 if each.kept is None else each.kept for each in self.ranks}
-        matter = [each for each in self.ranks if each in out or kept[each.rank] < 0.9 or each.nonfinite]
+        told = [each for each in self.ranks if each.trusted_since is not None or each.condemned_since is not None]
+        matter = [e for e in self.ranks if e in out or e in told or kept[e.rank] < 0.9 or e.nonfinite]
         first = f"step {self.step}, {self.decisions} decision{'s' * (self.decisions != 1)}, {len(self.ranks)} ranks"
         if not matter:
             return f"{first}: all are kept" if self.decisions else first
-        return "\n".join([f"{first}:", *(f"  {self.line(e)}" for e in sorted(matter, key=lambda e: kept[e.rank]))])
+        lines = [f"  {self.line(e)}" for e in sorted(matter, key=lambda e: kept[e.rank])]
+        return "\n".join([f"{first}:", *lines, *self.advice()])
+
+    def advice(self) -> list[str]:
+        """Return what to do next, a line each; nothing where all are kept."""
+        out = self.out_for(10)
+        open_ = [each.rank for each in out if each.condemned_since is None and not each.zero and not each.nonfinite]
+        bad = [each.rank for each in out if each.condemned_since is not None]
+        said = []
+        if bad:
+            said.append(f"{_ranks(bad)}: held-out data say it does harm: look at its data and its device.")
+        if open_:
+            said.append(
+                f"{_ranks(open_)}: far from the others. Broken, or honest with data of its own? Give the filter "
+                "held-out data (state.reference), or look at its data and its device."
+            )
+        if out and self.watch:
+            said.append(
+                f"Watching only, all are averaged: state.watch = False leaves out {_ranks([e.rank for e in out])}."
+            )
+        if len(self.ranks) == 2:
+            said.append("Two ranks cannot outvote each other: nobody is left out for what its gradient says.")
+        return said
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
 @dataclass(frozen=True)

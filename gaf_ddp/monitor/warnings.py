@@ -1,9 +1,10 @@
 """What an operator is told without asking: warnings in the log, and an end to steps on which nothing agrees."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from gaf_ddp.monitor.reports import Report
+from gaf_ddp.rules.agreement import Agreement
 
 _logger = logging.getLogger(__name__)
 _LONG = 200  # steps in a row for which a rank must be out to be named
@@ -16,6 +17,7 @@ class Alarms:
     def __init__(self) -> None:
         self._skips = 0  # steps in a row on which nothing agreed
         self._quiet_until = 0  # the step from which on ranks that are out are named again
+        self._equals_quiet_until = 0  # the same for ranks whose gradients are equal
 
     def count_step(self, agreed: bool, limit: int | None) -> None:
         """Count a step; raise RuntimeError if nothing agreed in more steps in a row than the limit."""
@@ -43,3 +45,19 @@ class Alarms:
         if out:
             self._quiet_until = report.step + _QUIET
             _logger.warning("gaf_ddp: left out for long, is it broken? %s", "; ".join(map(report.line, out)))
+
+    def warn_of_equals(self, step: int, hosts: Sequence[str], decisions: Sequence[Agreement]) -> None:
+        """Warn of ranks whose gradients have been equal for steps in a row, at most once in a thousand steps."""
+        equal = decisions[-1].equal if decisions else None
+        if equal is None or step < self._equals_quiet_until or not bool(equal.any()):
+            return
+        self._equals_quiet_until = step + _QUIET
+        first = [rank for rank in range(len(equal)) if bool(equal[rank].any()) and not bool(equal[rank, :rank].any())]
+        groups = [[rank, *equal[rank].nonzero().flatten().tolist()] for rank in first]
+        names = [f"rank {rank} ({hosts[rank]})" if rank < len(hosts) else f"rank {rank}" for rank in range(len(equal))]
+        said = "; ".join(" and ".join(names[rank] for rank in group) for group in groups)
+        _logger.warning(
+            "gaf_ddp: equal gradients for ten steps in a row: %s. Do they read the same data, as with a sampler "
+            "that was not told the rank? They count as one voter.",
+            said,
+        )

@@ -32,6 +32,7 @@ class Agreement:
             rules than the consensus, as are the next two.
         flipped: bool `(W,)`, left out since its mirror image would be a member.
         trusted, condemned: bool `(W,)`, what held-out data says of it; None before the first reading.
+        equal: bool `(W, W)`, whose gradients have been equal for ten steps in a row; None beside other rules.
         finished: bool `(W,)`, waits for the others in DDP's Join, out of inputs.
     """
 
@@ -45,6 +46,7 @@ class Agreement:
     overlong: Tensor
     distance: Tensor | None = None
     flipped: Tensor | None = None
+    equal: Tensor | None = None
     trusted: Tensor | None = None
     condemned: Tensor | None = None
     finished: Tensor | None = None

@@ -1,7 +1,7 @@
 """The consensus rule with a memory: voters judged by their momenta, m ← 0.99 m + g.
 
 One batch's distances are mostly noise, those of momenta are less so. Beside the rule of consensus.py, a ballot does
-three things, all by matrices `(V, V)`:
+four things, all by matrices `(V, V)`:
 
 - Momenta are kept relative to the consensus: the members' mean is taken off them, which no distance sees. So a
   voter that has no gradient now stays where it was among the others, fading, and is judged by that when it comes
@@ -9,6 +9,8 @@ three things, all by matrices `(V, V)`:
 - Momenta of voters that are very far are drawn in, m_j ← mean + (m_j − mean) · 5/z_j if z_j > 5, so that a burst,
   however long its gradients, is over a horizon later. One that is not finite becomes the mean. The mean is that of
   the members without j.
+- Voters whose gradients have been equal for ten steps in a row read the same data, or one copies the other. They are
+  one voter for the members, so that copies cannot outvote the others.
 - Voters that turn their gradient's sign are found by the gradients' mean cosines (decay 0.98): where gradients
   average to little, momenta do not show it. The mean of two voters goes over the steps in which both voted, stands
   still in others, and counts, other than as 0, from the 50th such step on.
@@ -26,6 +28,7 @@ from gaf_ddp.rules.weighting import cosine
 MOMENTUM = 0.99  # per step; 0.97 to 0.995 do the same
 _REACH = 5.0  # z beyond which momenta are drawn in
 _DECAY, _STEPS = 0.98, 50  # of mean cosines, and the steps that two voters share before theirs counts
+_SAME, _ALIKE = 1e-12, 10  # squared distance of equal gradients, in squared lengths: rounding; and their steps
 _ENOUGH = (1 - _DECAY ** (_STEPS - 0.5)) / (1 - _DECAY)  # their decayed number, less half a step for rounding
 
 
@@ -36,19 +39,27 @@ class Judgement(NamedTuple):
         z: `(V,)`, distance to the consensus in its members' median distance; NaN where there is no gradient now,
             no finite momentum, or nobody to be compared with.
         flipped: bool `(V,)`, its mirror image would be a member.
+        equal: bool `(V, V)`, whose gradients have been equal for ten steps in a row.
         moves: `(V, V)`, to be taken to the momenta (`moves @ momenta`) before the next gradients are added.
     """
 
     z: Tensor
     flipped: Tensor
+    equal: Tensor
     moves: Tensor
 
 
 class ConsensusMemory:
-    """What the rule remembers beside the momenta: decayed sums of the gradients' cosines, and their numbers."""
+    """What the rule remembers beside the momenta.
+
+    Attributes:
+        cosines: `(2, V, V)`, decayed sums of the gradients' cosines, and their numbers.
+        equal: `(V, V)`, for how many steps in a row gradients have been equal.
+    """
 
     def __init__(self) -> None:
         self.cosines = torch.zeros(2, 0, 0, dtype=torch.float64)
+        self.equal = torch.zeros(0, 0, dtype=torch.float64)
 
     def judge(self, momenta: Tensor, gradients: Tensor, voters: Tensor, steps: int = 1) -> Judgement:
         """Judge one ballot, and remember it; in float64 on the host.
@@ -61,10 +72,21 @@ class ConsensusMemory:
         """
         if self.cosines.shape[1:] != momenta.shape:
             self.cosines = torch.zeros(2, *momenta.shape, dtype=torch.float64)
-        z, members = distances(momenta, voters)
-        z = torch.where(voters, z, math.nan)
+            self.equal = torch.zeros_like(momenta)
+        equal = self._find_equal(gradients, voters, steps)
+        itself = torch.arange(len(voters))
+        first = (equal | torch.eye(len(voters), dtype=torch.bool)).long().argmax(1)  # of those that are equal
+        z, members = distances(momenta, voters & (first == itself))
+        z = torch.where(voters, z[first], math.nan)
         flipped = self._find_flipped(gradients, voters, steps)
-        return Judgement(z, flipped, _moves(z, members, voters, momenta.diagonal().isfinite()))
+        return Judgement(z, flipped, equal, _moves(z, members, voters, momenta.diagonal().isfinite()))
+
+    def _find_equal(self, gradients: Tensor, voters: Tensor, steps: int) -> Tensor:
+        square = torch.where(voters, gradients.diagonal(), 0)
+        apart = square[:, None] + square[None, :] - 2 * gradients
+        same = voters[:, None] & voters[None, :] & (apart <= _SAME * square)
+        self.equal = torch.where(same, self.equal + steps, 0)
+        return (self.equal >= _ALIKE) & ~torch.eye(len(voters), dtype=torch.bool)
 
     def _find_flipped(self, gradients: Tensor, voters: Tensor, steps: int) -> Tensor:
         pairs = voters[:, None] & voters[None, :]

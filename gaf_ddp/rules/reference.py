@@ -6,13 +6,18 @@ divided by 2: an over-confident model has a lower held-out loss with wrong label
 With v and v' the two readings, and S_j the sum of voter j's gradients since the last ones,
 
     c = cos(S_j, v), c' = cos(S_j, v')    r, r' = each minus its mean over the other voters that are in
-    in :  D_j ← max(0, D_j − max(c, r, c', r') − 0.1)   condemned at D_j ≥ f_j
-    out:  U_j ← max(0, U_j + min(c, r, c', r') − k)     trusted at U_j ≥ 0.5;  k = 0.2, 0.4 once it was condemned
+    in :  D_j ← max(0, D_j + min(0.4, −max(c, r, c', r') − h))   condemned at D_j ≥ f_j
+    out:  U_j ← max(0, U_j + min(0.4, min(c, r, c', r') − k))    trusted at U_j ≥ 0.5
 
-Where the mix of ranks is right, v is noise, and cosines scatter around 0; where it is wrong they are large. So a
-verdict needs evidence that adds up. f_j starts at 1, and doubles with each condemnation that was taken back. Evidence
-is held while a voter is on the other side, and is 0 after a verdict. A verdict stands until the opposite is shown;
-trust ends, too, where the consensus keeps the voter anyway.
+with h = 0.1, but 0.4 while the held-out loss falls and nobody has a verdict; k = 0.2, but 0.4 once condemned. Where the
+mix of ranks is right, v is noise, and cosines scatter around 0; where it is wrong they are large. So a verdict needs
+evidence that adds up, from two readings at least. A reading counts where the ranks' shares of it agree: where honest
+ranks that differ hold each other in balance, v is noise, but of a kind that has large cosines with all of them.
+
+A verdict stands until the opposite is shown, and trust ends where the consensus keeps the voter anyway. It is taken
+back where the held-out loss, at the second temperature, is a tenth larger at the next reading; trust also where the
+loss has doubled since. f_j starts at 1, and doubles with each condemnation that was taken back. Evidence is held while
+a voter is on the other side, and is 0 after a verdict.
 """
 
 import math
@@ -23,16 +28,28 @@ from torch import Tensor
 
 from gaf_ddp.rules.consensus import upper_median
 
-_AGAINST, _FOR = 1.0, 0.5  # evidence for a verdict
-_FALLS = 0.98
-_WORSE, _MUCH_WORSE = 1.1, 2.0
-_SIGNAL = 0.2
-_CAP = 0.4
-_MARGIN, _MARGIN_OF_CONDEMNED, _MARGIN_IN = 0.2, 0.4, 0.1  # what a cosine must exceed to count as evidence
-REACH = 3.0  # median norms, to which a trusted voter's gradient is shortened: a rank that was out has a long one
-
 TEMPERATURES = 1.0, 2.0  # by which logits are divided in the two readings
+REACH = 3.0  # median norms, to which a trusted voter's gradient is shortened: a rank that was out has a long one
 TRUSTED, CONDEMNED = 1.0, -1.0
+
+_AGAINST, _FOR, _MOST = 1.0, 0.5, 0.4  # evidence for a verdict, and the most that one reading adds
+_IN, _IN_WHILE_WELL, _OUT, _OUT_ONCE_CONDEMNED = 0.1, 0.4, 0.2, 0.4  # what cosines must exceed to be evidence
+_SIGNAL = 0.2  # of a reading, the least part that shares must have in common
+_FALLS, _WORSE, _MUCH_WORSE = 0.98, 1.1, 2.0  # ratios of the held-out loss: to the last reading's, to a verdict's
+
+
+class Reading(NamedTuple):
+    """One reading of held-out data, on the host.
+
+    Attributes:
+        cosines: `(2, V)` float64, c and c' of each voter; NaN where it had no gradient since the last reading.
+        signal: `(2,)` float64, what part of v and v' the ranks' shares have in common.
+        loss: the mean over the ranks, at the second temperature.
+    """
+
+    cosines: Tensor
+    signal: Tensor
+    loss: float
 
 
 class Evidence(NamedTuple):
@@ -40,10 +57,13 @@ class Evidence(NamedTuple):
 
     Attributes:
         verdict: `TRUSTED`, `CONDEMNED` or 0.
-        against: D, while in.
-        in_favour: U, while out.
-        demand: f, what `against` must reach; more than 1 once a condemnation was taken back.
+        against: D.
+        in_favour: U.
+        demand: f.
         suspect: 1 where it was condemned before.
+        loss: the held-out loss when the verdict was given.
+        age: readings since then.
+        last_loss: that of the last reading, the same for all.
     """
 
     verdict: Tensor
@@ -53,56 +73,38 @@ class Evidence(NamedTuple):
     suspect: Tensor
     loss: Tensor
     age: Tensor
+    last_loss: Tensor
 
 
 class ReferenceMemory:
-    """The evidence of one state."""
+    """The evidence of one state: None before the first reading."""
 
     def __init__(self) -> None:
-        self.evidence: Evidence | None = None  # before the first reading
-        self.last = 0.0
+        self.evidence: Evidence | None = None
 
-    def weigh(self, cosines: Tensor, signal: Tensor, loss: float, kept: Tensor) -> None:
-        """Take in one reading of held-out data.
-
-        Args:
-            cosines: `(2, V)` float64, c and c' of each voter; NaN where it had no gradient since the last reading.
-            signal: `(2,)` float64, what part of each reading the ranks' shares have in common.
-            kept: bool `(V,)`, who counted.
-        """
-        count = len(kept)
-        if self.evidence is None or len(self.evidence.verdict) != count:
-            self.evidence = _no_evidence(count)
-        verdict, against, in_favour, demand, suspect, before, age = self.evidence
-        age = age + 1
-        worse = (verdict != 0) & (loss > torch.where(age <= 1, _WORSE, _MUCH_WORSE) * before)
-        worse &= (age <= 1) | (verdict == TRUSTED)
-        demand = torch.where(worse & (verdict == CONDEMNED), 2 * demand, demand)
-        kept = torch.where(worse, verdict == CONDEMNED, kept)
-        verdict = torch.where(worse, 0, verdict)
+    def weigh(self, reading: Reading, kept: Tensor) -> None:
+        """Take in a reading, given who counted in the steps before it, bool `(V,)`."""
+        held = self.evidence
+        if held is None or len(held.verdict) != len(kept):
+            held = _no_evidence(len(kept))
+        held, kept = _take_back(held, reading.loss, kept)
+        cosines = reading.cosines
+        if not bool((reading.signal >= _SIGNAL).all()):
+            cosines = torch.zeros_like(cosines)
         both = torch.cat([cosines, cosines - _mean_of_others(cosines, kept)])
-        if not bool((signal >= _SIGNAL).all()):
-            both = torch.zeros_like(both)
         known = both.isfinite().all(0)
-        falls = loss < _FALLS * self.last
-        self.last = loss
-        best, worst = both.amax(0), both.amin(0)
-        margin = torch.where(suspect > 0, _MARGIN_OF_CONDEMNED, _MARGIN)
-        against = torch.where(known & kept & (not falls), (against + (-best - _MARGIN_IN).clamp(max=_CAP)).clamp(min=0), against)
-        in_favour = torch.where(known & ~kept, (in_favour + (worst - margin).clamp(max=_CAP)).clamp(min=0), in_favour)
-        condemned = kept & (against >= demand * _AGAINST) & (verdict != CONDEMNED)
-        trusted = ~kept & (in_favour >= _FOR) & (verdict != TRUSTED)
-        demand = torch.where(trusted & (verdict == CONDEMNED), 2 * demand, demand)
-        verdict = torch.where(condemned, CONDEMNED, torch.where(trusted, TRUSTED, verdict))
-        fresh = condemned | trusted
-        self.evidence = Evidence(
-            verdict,
-            torch.where(fresh, 0, against),
-            torch.where(fresh, 0, in_favour),
-            demand,
-            torch.where(condemned, 1, suspect),
-            torch.where(fresh, loss, before),
-            torch.where(fresh, 0, age),
+        is_well = reading.loss < _FALLS * float(held.last_loss[0]) and not bool(held.verdict.any())
+        harm = -both.amax(0) - (_IN_WHILE_WELL if is_well else _IN)
+        good = both.amin(0) - torch.where(held.suspect > 0, _OUT_ONCE_CONDEMNED, _OUT)
+        self.evidence = _judge(
+            held._replace(
+                against=torch.where(known & kept, _added(held.against, harm), held.against),
+                in_favour=torch.where(known & ~kept, _added(held.in_favour, good), held.in_favour),
+                last_loss=torch.full_like(held.last_loss, reading.loss)
+                if math.isfinite(reading.loss)
+                else held.last_loss,
+            ),
+            kept,
         )
 
     def keep(self, good: Tensor, z: Tensor, ratio: float) -> Tensor:
@@ -121,7 +123,7 @@ class ReferenceMemory:
         return (verdict == TRUSTED) | ((verdict == 0) & good)
 
     def dump(self) -> Tensor:
-        """Return the evidence as one matrix `(5, V)`, `(5, 0)` where there is none."""
+        """Return the evidence as one matrix, a row for each of its fields; of no voters where there is none."""
         return torch.stack(self.evidence or _no_evidence(0))
 
     def load(self, held: Tensor) -> None:
@@ -131,7 +133,37 @@ class ReferenceMemory:
 
 def _no_evidence(count: int) -> Evidence:
     none = torch.zeros(count, dtype=torch.float64)
-    return Evidence(none, none, none, none + 1, none, none, none)
+    return Evidence(none, none, none, none + 1, none, none, none, none)
+
+
+def _take_back(held: Evidence, loss: float, kept: Tensor) -> tuple[Evidence, Tensor]:
+    """Take back verdicts that raised the held-out loss; return the evidence, and who is in, bool `(V,)`."""
+    fresh = held.age == 0
+    worse = (held.verdict != 0) & (loss > torch.where(fresh, _WORSE, _MUCH_WORSE) * held.loss)
+    worse = worse & (fresh | (held.verdict == TRUSTED))
+    demand = torch.where(worse & (held.verdict == CONDEMNED), 2 * held.demand, held.demand)
+    now_in = torch.where(worse, held.verdict == CONDEMNED, kept)
+    return held._replace(verdict=torch.where(worse, 0, held.verdict), demand=demand, age=held.age + 1), now_in
+
+
+def _judge(held: Evidence, kept: Tensor) -> Evidence:
+    """Give the verdicts that the evidence is enough for, given who is in, bool `(V,)`."""
+    condemned = kept & (held.against >= held.demand * _AGAINST) & (held.verdict != CONDEMNED)
+    trusted = ~kept & (held.in_favour >= _FOR) & (held.verdict != TRUSTED)
+    fresh = condemned | trusted
+    return held._replace(
+        verdict=torch.where(condemned, CONDEMNED, torch.where(trusted, TRUSTED, held.verdict)),
+        against=torch.where(fresh, 0, held.against),
+        in_favour=torch.where(fresh, 0, held.in_favour),
+        demand=torch.where(trusted & (held.verdict == CONDEMNED), 2 * held.demand, held.demand),
+        suspect=torch.where(condemned, 1, held.suspect),
+        loss=torch.where(fresh, held.last_loss, held.loss),
+        age=torch.where(fresh, 0, held.age),
+    )
+
+
+def _added(evidence: Tensor, more: Tensor) -> Tensor:
+    return (evidence + more.clamp(max=_MOST)).clamp(min=0)
 
 
 def _mean_of_others(values: Tensor, kept: Tensor) -> Tensor:
@@ -143,30 +175,28 @@ def _mean_of_others(values: Tensor, kept: Tensor) -> Tensor:
 
 
 def cosines_with(gradients: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cosines `(2, V)` float64 of voters' gradients with both readings of held-out data.
+    """Return the cosines of voters' gradients with both readings of held-out data, and what is signal in these.
 
-    Nothing waits for an accelerator; some fifteen launches.
+    Nothing waits for an accelerator; some twenty launches.
 
     Args:
         gradients: `(V, k)` float32, sketches of what each voter's gradients add up to.
         shares: `(W, 2, k)` float32, sketches of each rank's share of the two readings. One that is not finite counts
-            as none. One that is longer than the others' median length is shortened to it, so that no rank alone is
-            the witness.
+            as none. One that is longer than the upper median length is shortened to it, so that no rank alone is the
+            witness.
 
     Returns:
-        NaN beside a voter without a gradient, and in all where nobody has a share.
+        Cosines `(2, V)` float64, NaN beside a voter without a gradient, and where nobody has a share. And of each
+        reading `(2,)` what part of the squared length of shares they have in common in expectation, 1 where there is
+        one share: with n shares, (|Σ shares|² / Σ |share|² − 1) / (n − 1).
     """
     wide = shares.double()
     wide = torch.where(wide.isfinite().all(-1, keepdim=True), wide, 0)
     lengths = torch.linalg.vector_norm(wide, dim=-1)  # (W, 2)
     factor = (upper_median(lengths, lengths > 0) / lengths).clamp(max=1)
-    factor = torch.where(lengths > 0, factor, 0)
-    readings = (wide * factor[..., None]).sum(0)  # (2, k)
-    sums = gradients.double()
-    inner = readings @ sums.mT
-    scale = torch.linalg.vector_norm(readings, dim=1)[:, None] * torch.linalg.vector_norm(sums, dim=1)
-    cosines = torch.where(scale > 0, inner / scale, math.nan)
-    apart = (wide * factor[..., None]).square().sum((0, 2))
-    number = (lengths > 0).sum(0)
-    coherence = (readings.square().sum(1) / apart - 1) / (number - 1)
-    return cosines, torch.where(number > 1, coherence, 1)
+    wide = wide * torch.where(lengths > 0, factor, 0)[..., None]
+    readings, sums, number = wide.sum(0), gradients.double(), (lengths > 0).sum(0)
+    squares = readings.square().sum(1)
+    signal = torch.where(number > 1, (squares / wide.square().sum((0, 2)) - 1) / (number - 1), 1)
+    scale = squares.sqrt()[:, None] * torch.linalg.vector_norm(sums, dim=1)
+    return torch.where(scale > 0, readings @ sums.mT / scale, math.nan), signal
