@@ -5,6 +5,8 @@
     …                                                 the engine adds up gradients and shares
     late.end()                                        after the last bucket: the ballot
 
+`weigh` is `fold` and `share.scale`, which engines that show a gradient in parts call themselves.
+
 No thread and no group of its own: what it sends, it sends in the hook, in the buckets' order, on the group that
 gradients are averaged over. Accelerators count ballots on a stream beside. The host waits for the last ballots alone.
 """
@@ -19,17 +21,15 @@ from torch import Tensor
 from gaf_ddp.alike import fingerprints, require_alike, shared
 from gaf_ddp.ballots.ballot import Numbers, Told, affordable, pack, read
 from gaf_ddp.ballots.count import Counting, Sent
-from gaf_ddp.ballots.limits import Limits
 from gaf_ddp.ballots.places import Key, Places
+from gaf_ddp.ballots.share import Share
 from gaf_ddp.ballots.verdict import Verdict, draw, watch
 from gaf_ddp.ballots.voters import Voters
 from gaf_ddp.checks.ballots import BallotChecks
-from gaf_ddp.kernels.fold import Spans, fold
+from gaf_ddp.kernels.fold import Spans, fold_into
 from gaf_ddp.kernels.gram import gram
-from gaf_ddp.kernels.scale import scale
 from gaf_ddp.monitor.records import Decision
 from gaf_ddp.runtime.collectives import all_gather_single
-from gaf_ddp.runtime.device import to_device
 from gaf_ddp.runtime.errors import named
 
 if TYPE_CHECKING:
@@ -44,23 +44,25 @@ class LateFilter:
         group: the W ranks that gradients are averaged over.
         device: of the gradients.
         averages: whether the engine itself divides by W what it adds up, or DDP, which leaves that to its hook.
+        asks: whether ranks bring the same buckets in the same order, and can ask for each other's norms meanwhile.
     """
 
     def __init__(
-        self, state: "GAFState", group: dist.ProcessGroup, device: torch.device, averages: bool = False
+        self,
+        state: "GAFState",
+        group: dist.ProcessGroup,
+        device: torch.device,
+        averages: bool = False,
+        asks: bool = True,
     ) -> None:
         self.group, self.device, self.wire_dtype = group, device, state.wire_dtype if group.size() > 1 else None
         self._state, self._hosts = state, state._records.statistics.hosts
         self._voters = Voters.named(state.voters, self._hosts)
-        self._unit, self._places = group.size() if averages else 1, Places()  # what shares add up to; of elements
+        self.places, self.share = Places(), Share(state, group, device, averages, asks)
         self.is_open = False  # between a step's first bucket and its last one
-        self._equal_share = torch.tensor([self._unit / group.size(), 0.0], dtype=torch.float64).to(device)
         self._latest = -1  # the index of the last bucket
         self._sent: Sent | None = None
-        self._kept = torch.ones(group.size(), dtype=torch.bool)
-        self._limits = Limits(group, device)
         self._every = state.judge_every or 1  # steps of a ballot
-        self._mode: tuple[bool, bool] | None = None
         self.checks = BallotChecks(state.check_every, state.sketch_size, self._hosts)
         self._begin_ballot()
         self.recall()
@@ -75,13 +77,10 @@ class LateFilter:
         """Begin a step: draw the verdict of the last ballots, and end a step whose last bucket never came."""
         self.end_if_open()
         self.draw()
-        state = self._state
-        if self._mode != (state.watch, state.step < state.start_step):  # else nothing has changed
-            self._mode = state.watch, state.step < state.start_step
+        if self.share.begin_step():
             self._drop_check()
-            self._by = self._divisor()
         self.is_open = True
-        self.checks.begin_step(state.step, self._steps == 0, self._every, self._places.parameters, self.device)
+        self.checks.begin_step(self._state.step, self._steps == 0, self._every, self.places.parameters, self.device)
 
     def weigh(self, gradient: Tensor, parameters: Sequence[Tensor], count: int | None = None) -> tuple[Tensor, Spans]:
         """Fold a bucket's gradient `(N,)` into the ballot, and scale it by this rank's share, in place.
@@ -89,23 +88,31 @@ class LateFilter:
         The parameters, and the count, are as `Places.spans` has them. Returned are the share `(2,)` float64, to be
         added up over the ranks beside the gradient (`kernels.scale`), and the bucket's spans of the model.
         """
-        key, spans = self._places.spans(parameters, count)
-        sketch, square = fold(gradient, spans, self._state.sketch_size)
-        self._sketch += sketch
+        key, spans = self.places.spans(parameters, count)
+        square = self.new_square(key)
+        self.fold(gradient, spans, square)
+        return self.share.scale(gradient, key, square), spans
+
+    def new_square(self, key: Key) -> Tensor:
+        """Return what a bucket's squared norm of this step is added up in, `()` float64; it is in the ballot."""
+        square = torch.zeros((), dtype=torch.float64, device=self.device)
         self._squares.setdefault(key, []).append(square)
-        limit = self._limits.of(key, square, self._state.max_norm_ratio)
-        if self._state.watch or self.group.size() == 1:
-            if self._unit == 1:
-                gradient.div_(self.group.size())  # as torch's `allreduce_hook`; what is not finite passes
-            return self._equal_share.clone(), spans
-        return scale(gradient, square, self._by, limit), spans
+        return square
+
+    def fold(self, gradient: Tensor, spans: Spans, square: Tensor) -> None:
+        """Fold a part of a bucket's gradient `(N,)` into the ballot, and add its squared norm to that."""
+        fold_into(gradient, spans, self._sketch, square)
+
+    def vote(self) -> None:
+        """Send the ballot if it is full."""
+        self._steps += 1
+        if self._steps >= self._every:
+            self._send()
 
     def end(self) -> None:
         """End a step, and send the ballot if it is full."""
         self.is_open = False
-        self._steps += 1
-        if self._steps >= self._every:
-            self._send()
+        self.vote()
         self._state._end_step()
 
     def end_if_open(self) -> None:
@@ -130,36 +137,23 @@ class LateFilter:
             self.checks.require(numbers, sent.step)
         verdict = self._verdict(sent, products, numbers)
         self.checks.compare(sent, numbers, verdict.guarded)
-        self._kept = verdict.kept
-        self._by = self._divisor()
-        self._limits.set(sent.keys, verdict.limits)
-        decision = Decision(verdict.agreement, self._places.parameters)
+        self.share.set(verdict.kept)
+        self.share.limits.set(sent.keys, verdict.limits)
+        decision = Decision(verdict.agreement, self.places.parameters)
         self._state._records.add_read(sent.step, decision, self._state.max_consecutive_skips)
 
     def _verdict(self, sent: Sent, products: Tensor, numbers: Numbers) -> Verdict:
         state = self._state
         if state._judge is None:
             return watch(state._weighting_now(), products, numbers, state.max_norm_ratio)
-        held = sent.steps, state.max_norm_ratio, self._limits.known(sent.keys), sent.counted
+        held = sent.steps, state.max_norm_ratio, self.share.limits.known(sent.keys), sent.counted
         return draw(state._judge, products, numbers, self._voters, *held)
-
-    def _counted(self) -> Tensor:
-        """Return who counts in this step, bool `(W,)`."""
-        everyone = self._state.watch or self._state.step < self._state.start_step
-        return torch.ones_like(self._kept) if everyone else self._kept
-
-    def _divisor(self) -> Tensor:
-        """Return `()` on the device, how many ranks count now, or which part of W; 0 where this one does not."""
-        counted = self._counted()
-        number = float(counted.sum()) / self._unit if counted[self.group.rank()] else 0.0
-        return to_device(torch.tensor(number, dtype=torch.float64), self.device)
 
     def recall(self) -> None:
         """Begin with what the judge remembers, which has been loaded; everybody counts if that is nothing."""
         kept = None if self._state._judge is None else self._state._judge.kept
         if kept is not None and len(kept) == self._voters.count:
-            self._kept = self._voters.spread(kept)
-            self._mode = None
+            self.share.set(self._voters.spread(kept))
             self._drop_check()
 
     def _drop_check(self) -> None:
@@ -175,11 +169,11 @@ class LateFilter:
 
     def _send(self) -> None:
         """Send the ballot; on accelerators it is counted behind backward, and nobody waits for it now."""
-        state, steps, check, counted = self._state, self._steps, self.checks.sums, self._counted()
+        state, steps, check, counted = self._state, self._steps, self.checks.sums, self.share.counted()
         squares = [torch.stack(each).sum() if len(each) > 1 else each[0] for each in self._squares.values()]
         finished = torch._C._current_graph_task_id() == -1  # outside of backward a hook is called in Join alone
         if check is not None and not state.watch and counted[self.group.rank()]:
-            check.guard(list(map(torch.stack, self._squares.values())), self._limits.held(self._squares))
+            check.guard(list(map(torch.stack, self._squares.values())), self.share.limits.held(self._squares))
         own = pack(
             self._sketch, squares, Told(finished, fingerprints(shared(state)), self.checks.hash, self.checks.off)
         )
@@ -195,6 +189,6 @@ class LateFilter:
         counting = Counting(work, own, rows, state.sketch_size, tally)
         self._sent = Sent(state.step, steps, list(self._squares), counted, check, counting)
         if state.judge_every is None:
-            gradient = sum(each.numel() * each.element_size() for each in self._places.parameters)
+            gradient = sum(each.numel() * each.element_size() for each in self.places.parameters)
             self._every = affordable(self.group.size(), state.sketch_size, gradient)
         self._begin_ballot()
