@@ -9,6 +9,7 @@ from gaf_ddp.attach import attach
 from gaf_ddp.checks.audit import audit
 from gaf_ddp.checks.replicas import check_replicas
 from gaf_ddp.engines.fsdp import filter_fsdp
+from gaf_ddp.engines.parameters import filter_parameters
 from gaf_ddp.hook import gaf_hook
 from gaf_ddp.kernels.gram import combine, filter_gradients, gram
 from gaf_ddp.microbatch import MicrobatchFilter
@@ -39,6 +40,7 @@ __all__ = [
     "combine",
     "filter_fsdp",
     "filter_gradients",
+    "filter_parameters",
     "gaf_hook",
     "gram",
     "skip_on_disagreement",

@@ -29,6 +29,8 @@ def connect(state: GAFState, bucket: Any) -> LateFilter | Pipeline:
         raise ValueError("process_group is None and there is no default group: call init_process_group first")
     parameters = bucket.parameters()
     way: LateFilter | Pipeline | None = state._way
+    if way is not None and state._model is None:
+        raise ValueError("state must be of one model alone, found one that filters parameters, or another model")
     if way is None or way.group is not group:
         state._model = Model(parameters)
         state._model.require_group(group)
@@ -43,14 +45,16 @@ def connect(state: GAFState, bucket: Any) -> LateFilter | Pipeline:
     return way
 
 
-def meet(state: GAFState, group: dist.ProcessGroup, device: torch.device) -> None:
-    """Compare what ranks were told, in full, at host syncs; from then on it holds.
+def meet(
+    state: GAFState, group: dist.ProcessGroup, device: torch.device, more: dict[str, object] | None = None
+) -> None:
+    """Compare what ranks were told, in full, at host syncs, and more that must be alike; from then on it holds.
 
     Raises:
         ValueError: on every rank: their settings differ.
     """
     # A schedule that raises does so before the others are met: their errors name this rank then.
-    told = {**shared(state), "fused kernels": kernels(device.type) is not None, "step": state.step}
+    told = {**shared(state), "fused kernels": kernels(device.type) is not None, "step": state.step, **(more or {})}
     # Messages name a rank that is not there. And gloo ends a process whose collective meets another one, as DDP's own
     # of a rank without the hook.
     if device.type == "cpu":

@@ -110,6 +110,16 @@ class GAFState(Settings):
         self._catch_up()
         return self._records.statistics.report(self.step, self.max_norm_ratio)
 
+    def advance(self) -> None:
+        """End a step of `filter_parameters`, on every rank: a collective, which nobody waits for now.
+
+        Raises:
+            RuntimeError: the state filters no parameters, or the engine made gradients that no hook saw.
+        """
+        if not hasattr(self._way, "advance"):
+            raise RuntimeError("advance() is for filter_parameters: other ways know by themselves when a step ends")
+        self._way.advance()
+
     def state_dict(self) -> dict[str, Any]:
         """Return what training needs to go on, at a host sync: step, statistics, the consensus rule's memory.
 

@@ -29,6 +29,7 @@ NAMES = {
     "combine": "(rows, weights, out=None)",
     "filter_fsdp": "(model, state)",
     "filter_gradients": "(rows, weighting)",
+    "filter_parameters": "(parameters, state, process_group=None, advance_with=None)",
     "gaf_hook": "(state, bucket)",
     "gram": "(rows)",
     "skip_on_disagreement": "(optimizer, state)",
@@ -55,7 +56,7 @@ MEMBERS = {
     "Agreement": "agreed cosine distance finished flipped gramian kept nonfinite overlong stack voters weights",
     "AgreementLog": "cosine_every every rank state step",
     "ConsensusAgreement": "ratio",
-    "GAFState": "agreement check_every decisions exchange judge_every load_state_dict max_consecutive_skips "
+    "GAFState": "advance agreement check_every decisions exchange judge_every load_state_dict max_consecutive_skips "
     "max_norm_ratio momentum process_group report scope sketch_size start_step state_dict step summary tau voters "
     "watch weighting wire_dtype",
     "Mean": "",

@@ -81,4 +81,4 @@ def read(numbers: Tensor, buckets: int) -> Numbers:
 def affordable(world_size: int, size: int, gradient: float) -> int:
     """Return how many steps go into a ballot, so that ballots are a hundredth of the gradient's bytes."""
     ballots = 4 * world_size * size
-    return 1 if ballots <= _FREE else min(_MOST_STEPS, max(1, math.ceil(ballots / (_PART * gradient))))
+    return 1 if ballots <= _FREE else min(_MOST_STEPS, max(1, math.ceil(ballots / (_PART * max(gradient, 1)))))

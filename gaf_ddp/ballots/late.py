@@ -44,7 +44,8 @@ class LateFilter:
         group: the W ranks that gradients are averaged over.
         device: of the gradients.
         averages: whether the engine itself divides by W what it adds up, or DDP, which leaves that to its hook.
-        asks: whether ranks bring the same buckets in the same order, and can ask for each other's norms meanwhile.
+        in_buckets: whether ranks bring the same buckets in the same order, and their averages come back; else parts
+            in any order. Only then can ranks ask for each other's norms in the first step, and check sums.
     """
 
     def __init__(
@@ -53,17 +54,18 @@ class LateFilter:
         group: dist.ProcessGroup,
         device: torch.device,
         averages: bool = False,
-        asks: bool = True,
+        in_buckets: bool = True,
     ) -> None:
         self.group, self.device, self.wire_dtype = group, device, state.wire_dtype if group.size() > 1 else None
         self._state, self._hosts = state, state._records.statistics.hosts
         self._voters = Voters.named(state.voters, self._hosts)
-        self.places, self.share = Places(), Share(state, group, device, averages, asks)
+        self._in_buckets = in_buckets
+        self.places, self.share = Places(), Share(state, group, device, averages, asks=in_buckets)
         self.is_open = False  # between a step's first bucket and its last one
         self._latest = -1  # the index of the last bucket
         self._sent: Sent | None = None
         self._every = state.judge_every or 1  # steps of a ballot
-        self.checks = BallotChecks(state.check_every, state.sketch_size, self._hosts)
+        self.checks = BallotChecks(state.check_every, state.sketch_size, self._hosts, sums=in_buckets)
         self._begin_ballot()
         self.recall()
 
@@ -171,7 +173,8 @@ class LateFilter:
         """Send the ballot; on accelerators it is counted behind backward, and nobody waits for it now."""
         state, steps, check, counted = self._state, self._steps, self.checks.sums, self.share.counted()
         squares = [torch.stack(each).sum() if len(each) > 1 else each[0] for each in self._squares.values()]
-        finished = torch._C._current_graph_task_id() == -1  # outside of backward a hook is called in Join alone
+        # Outside of backward DDP calls its hook in Join alone.
+        finished = self._in_buckets and torch._C._current_graph_task_id() == -1
         if check is not None and not state.watch and counted[self.group.rank()]:
             check.guard(list(map(torch.stack, self._squares.values())), self.share.limits.held(self._squares))
         own = pack(

@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from gaf_ddp.kernels.fold import Spans, spans_of
+from gaf_ddp.kernels.signs import mix
 
 Key = tuple[int, ...]
+
+_PLACES = 2**46  # signs are told apart up to twice as many
 
 
 class Places:
@@ -39,6 +42,16 @@ class Places:
                 self._spans[key] = spans_of([(self._next, count)])
                 self._next += count
         return key, self._spans[key]
+
+    def ranges(self, parameters: Sequence[Tensor]) -> list[int]:
+        """Give each of these a range of its own, as wide as can be, since an engine may make more of them than shows.
+
+        Returned is where they begin: in columns of the sketch that are far from each other, so that the many short
+        ones among them do not share a few.
+        """
+        self.parameters = list(parameters)
+        width = _PLACES // len(self.parameters)
+        return [number * width + mix(number) % 2**16 for number in range(len(self.parameters))]
 
     def _place_of(self, parameter: Tensor, count: int) -> int:
         if id(parameter) not in self._place:
