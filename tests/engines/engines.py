@@ -71,7 +71,7 @@ def reference(kept: Tensor, bad: int | None, lr: float = 0.1) -> Tensor:
         with torch.no_grad():
             for parameter in model.parameters():
                 assert parameter.grad is not None
-                parameter -= lr * parameter.grad
+                parameter.sub_(parameter.grad, alpha=lr)
     return torch.cat([each.detach().double().flatten() for each in model.parameters()])
 
 
@@ -110,7 +110,7 @@ def by_hand() -> Engine:
             for parameter in model.parameters():
                 assert parameter.grad is not None
                 dist.all_reduce(parameter.grad)
-                parameter -= 0.1 * parameter.grad / dist.get_world_size()
+                parameter.sub_(parameter.grad, alpha=0.1 / dist.get_world_size())
 
     return Engine(model, list(model.parameters()), step, lambda: values_of(model.parameters()))
 
