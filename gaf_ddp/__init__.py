@@ -6,6 +6,7 @@ model.register_comm_hook(GAFState(), gaf_hook)
 """
 
 from gaf_ddp.attach import attach
+from gaf_ddp.average import filter_average
 from gaf_ddp.checks.audit import audit
 from gaf_ddp.checks.replicas import check_replicas
 from gaf_ddp.engines.fsdp import filter_fsdp
@@ -38,6 +39,7 @@ __all__ = [
     "audit",
     "check_replicas",
     "combine",
+    "filter_average",
     "filter_fsdp",
     "filter_gradients",
     "filter_parameters",

@@ -66,6 +66,23 @@ def meet(
     state._is_connected = True
 
 
+def group_of(state: GAFState, given: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """Return the group that is given, the state's or the default one, which is the state's from now on.
+
+    Raises:
+        ValueError: there is none, or the state has another.
+    """
+    ours = state.process_group
+    if ours is not None and given is not None and ours.group_name != given.group_name:
+        raise ValueError(f"process_group must be the state's, {ours.group_name!r}, found {given.group_name!r}")
+    group = given or ours or dist.group.WORLD
+    if group is None:
+        raise ValueError("process_group is None and there is no default group: call init_process_group first")
+    if ours is None:
+        state.process_group = group
+    return group
+
+
 def warn_if_alone(state: GAFState, group: dist.ProcessGroup, stacklevel: int) -> None:
     """Warn, one rank for all, that there is nothing to filter against."""
     if group.size() == 1:

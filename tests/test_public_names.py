@@ -27,6 +27,7 @@ NAMES = {
     "audit": "(model, step, batch=(), group=None)",
     "check_replicas": "(model, optimizer=None, group=None)",
     "combine": "(rows, weights, out=None)",
+    "filter_average": "(tensors, state, process_group=None)",
     "filter_fsdp": "(model, state)",
     "filter_gradients": "(rows, weighting)",
     "filter_parameters": "(parameters, state, process_group=None, advance_with=None)",

@@ -46,6 +46,7 @@ class LateFilter:
         averages: whether the engine itself divides by W what it adds up, or DDP, which leaves that to its hook.
         in_buckets: whether ranks bring the same buckets in the same order, and their averages come back; else parts
             in any order. Only then can ranks ask for each other's norms in the first step, and check sums.
+        every: steps of a ballot, whatever the state says.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class LateFilter:
         device: torch.device,
         averages: bool = False,
         in_buckets: bool = True,
+        every: int | None = None,
     ) -> None:
         self.group, self.device, self.wire_dtype = group, device, state.wire_dtype if group.size() > 1 else None
         self._state, self._hosts = state, state._records.statistics.hosts
@@ -64,7 +66,8 @@ class LateFilter:
         self.is_open = False  # between a step's first bucket and its last one
         self._latest = -1  # the index of the last bucket
         self._sent: Sent | None = None
-        self._every = state.judge_every or 1  # steps of a ballot
+        self._judge_every = every or state.judge_every
+        self._every = self._judge_every or 1  # steps of a ballot
         self.checks = BallotChecks(state.check_every, state.sketch_size, self._hosts, sums=in_buckets)
         self._begin_ballot()
         self.recall()
@@ -113,8 +116,12 @@ class LateFilter:
 
     def end(self) -> None:
         """End a step, and send the ballot if it is full."""
-        self.is_open = False
         self.vote()
+        self.close()
+
+    def close(self) -> None:
+        """End a step whose ballot is sent."""
+        self.is_open = False
         self._state._end_step()
 
     def end_if_open(self) -> None:
@@ -191,7 +198,7 @@ class LateFilter:
 
         counting = Counting(work, own, rows, state.sketch_size, tally)
         self._sent = Sent(state.step, steps, list(self._squares), counted, check, counting)
-        if state.judge_every is None:
+        if self._judge_every is None:
             gradient = sum(each.numel() * each.element_size() for each in self.places.parameters)
             self._every = affordable(self.group.size(), state.sketch_size, gradient)
         self._begin_ballot()

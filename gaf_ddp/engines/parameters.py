@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gaf_ddp.ballots.late import LateFilter
-from gaf_ddp.connect import meet, warn_if_alone
+from gaf_ddp.connect import group_of, meet, warn_if_alone
 from gaf_ddp.engines.shown import as_vector, is_part, like, require_seen, require_shown
 from gaf_ddp.kernels.fold import Span
 from gaf_ddp.runtime.errors import named
@@ -78,7 +78,7 @@ def filter_parameters(
         raise TypeError(f"state must be a GAFState, found {type(state).__name__}")
     known = _required(parameters)
     _require_settings(state, known)
-    group = _group(state, process_group)
+    group = group_of(state, process_group)
     optimizer = None if advance_with is None else unwrapped(advance_with)
     warn_if_alone(state, group, stacklevel=2)
     way = _Parameters(known, state, group)
@@ -178,15 +178,3 @@ def _require_settings(state: GAFState, parameters: Sequence[Tensor]) -> None:
     require(state.check_every is None or not any(map(is_part, parameters)), rule, state.check_every)
     if state._way is not None:
         raise ValueError("state must be of one model alone, found one that filters another, or this already")
-
-
-def _group(state: GAFState, given: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    ours = state.process_group
-    if ours is not None and given is not None and ours.group_name != given.group_name:
-        raise ValueError(f"process_group must be the state's, {ours.group_name!r}, found {given.group_name!r}")
-    group = given or ours or dist.group.WORLD
-    if group is None:
-        raise ValueError("process_group is None and there is no default group: call init_process_group first")
-    if ours is None:
-        state.process_group = group
-    return group
