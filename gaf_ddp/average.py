@@ -81,11 +81,11 @@ class _Rounds:
         require(_shapes(tensors) == self._shapes, f"tensors must be as before, {self._shapes}", _shapes(tensors))
         late = self._late
         late.begin()
-        square = late.new_square(_WHOLE)
+        square = late.ballot.new_square(_WHOLE)
         vectors = list(_flattened(tensors).values())
         place = 0
         for _, vector in vectors:
-            late.fold(vector, (Span(0, place, len(vector)),), square)
+            late.ballot.fold(vector, (Span(0, place, len(vector)),), square)
             place += len(vector)
         late.vote()
         late.draw()

@@ -8,7 +8,8 @@ import torch.distributed as dist
 
 from gaf_ddp.alike import as_text, require_same, shared
 from gaf_ddp.ballots.late import LateFilter
-from gaf_ddp.engines.ddp import Model, require_whole
+from gaf_ddp.engines.ddp import Model
+from gaf_ddp.engines.parts import require_replica, tensor_group_of
 from gaf_ddp.exchange import point_to_point
 from gaf_ddp.exchange.pipeline import Pipeline
 from gaf_ddp.runtime.device import kernels
@@ -34,7 +35,6 @@ def connect(state: GAFState, bucket: Any) -> LateFilter | Pipeline:
     if way is None or way.group is not group:
         state._model = Model(parameters)
         state._model.require_group(group)
-        require_whole(parameters)
         warn_if_alone(state, group, stacklevel=3)
         meet(state, group, bucket.buffer().device)
         way = _make(state, bucket, group)
@@ -95,9 +95,11 @@ def warn_if_alone(state: GAFState, group: dist.ProcessGroup, stacklevel: int) ->
 
 
 def _make(state: GAFState, bucket: Any, group: dist.ProcessGroup) -> LateFilter | Pipeline:
-    device = bucket.buffer().device
+    device, parameters = bucket.buffer().device, state._model.parameters_or(bucket.parameters())
+    tensor_group = tensor_group_of(parameters)  # whatever DDP's parameters are spread over
+    require_replica(state.replica_group, tensor_group)
     if state._is_late:
-        state._way = LateFilter(state, group, device)
+        state._way = LateFilter(state, group, device, tensor_group=tensor_group)
     else:
         state._way = Pipeline(state, group, device)
     way: LateFilter | Pipeline = state._way

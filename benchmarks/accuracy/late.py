@@ -49,7 +49,7 @@ class OneStepLate:
         average = correct(rows.sum(0), torch.stack(shares).sum(0))
         products = state._judge.tally(self._voters.mean(sketches), 1)
         none = torch.zeros(len(rows), 2, dtype=torch.float64)
-        numbers = Numbers(squares[:, None], none[:, 0], none, none[:, 0], none)
+        numbers = Numbers(squares[:, None], none[:, 0], none, none[:, 0], none, squares, none[:, 0])
         verdict = draw(state._judge, products, numbers, self._voters, 1, state.max_norm_ratio, self._limits, counted)
         self._kept, self._limits = verdict.kept, verdict.limits
         state.step += 1

@@ -45,6 +45,8 @@ class Numbers(NamedTuple):
         hashes: `(W, 2)`, the halves of the parameters' hash; zeros where it was not asked for.
         off: `(W,)`, how far the last checked sum was off; zeros where none was checked.
         settings: `(W, settings)`.
+        total: `(W,)`, squared norms of the whole gradients: of all that ranks of a replica hold.
+        unlike: `(W,)`, not 0 where ranks of one replica were told unlike things.
     """
 
     squares: Tensor
@@ -52,18 +54,30 @@ class Numbers(NamedTuple):
     hashes: Tensor
     off: Tensor
     settings: Tensor
+    total: Tensor
+    unlike: Tensor
 
 
-def pack(sketch: Tensor, squares: Sequence[Tensor], told: Told) -> Tensor:
-    """Return a ballot as int32 numbers, which collectives of every backend take; some five launches."""
+def pack(sketch: Tensor, squares: Tensor, total: Tensor, unlike: Tensor | None, told: Told) -> Tensor:
+    """Return a ballot as int32 numbers, which collectives of every backend take; some five launches.
+
+    Args:
+        sketch: `(k,)` float32.
+        squares: `(buckets,)` float64, squared norms.
+        total: `()` float64, that of the whole gradient.
+        unlike: `()` float64, as `Numbers` has it; None where a replica is one rank.
+        told: what else it says.
+    """
     device = sketch.device
-    known = torch.tensor([float(told.finished), 0, 0, 0, *told.settings], dtype=torch.float64)
+    known = torch.tensor([float(told.finished), 0, 0, 0, 0, *told.settings], dtype=torch.float64)
     known = to_device(known, device)
     if told.hash is not None:
         known[1:3] = torch.stack([told.hash >> 32, told.hash & 0xFFFFFFFF])  # halves are exact in float64
     if told.off is not None:
         known[3] = told.off
-    numbers = torch.cat([torch.stack(list(squares)), known])
+    if unlike is not None:
+        known[4] = unlike
+    numbers = torch.cat([squares, total.view(1), known])
     return torch.cat([sketch.view(torch.int32), numbers.view(torch.int32)])
 
 
@@ -74,8 +88,8 @@ def unpack(rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 def read(numbers: Tensor, buckets: int) -> Numbers:
     """Name the numbers `(W, …)` of ballots on so many buckets."""
-    squares, told = numbers[:, :buckets], numbers[:, buckets:]
-    return Numbers(squares, told[:, 0], told[:, 1:3], told[:, 3], told[:, 4:])
+    squares, total, told = numbers[:, :buckets], numbers[:, buckets], numbers[:, buckets + 1 :]
+    return Numbers(squares, told[:, 0], told[:, 1:3], told[:, 3], told[:, 5:], total, told[:, 4])
 
 
 def affordable(world_size: int, size: int, gradient: float) -> int:

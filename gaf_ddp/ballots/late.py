@@ -5,7 +5,7 @@
     …                                                 the engine adds up gradients and shares
     late.end()                                        after the last bucket: the ballot
 
-`weigh` is `fold` and `share.scale`, which engines that show a gradient in parts call themselves.
+`weigh` is `ballot.fold` and `share.scale`, which engines that show a gradient in parts call themselves.
 
 No thread and no group of its own: what it sends, it sends in the hook, in the buckets' order, on the group that
 gradients are averaged over. Accelerators count ballots on a stream beside. The host waits for the last ballots alone.
@@ -18,18 +18,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gaf_ddp.alike import fingerprints, require_alike, shared
-from gaf_ddp.ballots.ballot import Numbers, Told, affordable, pack, read
-from gaf_ddp.ballots.count import Counting, Sent
-from gaf_ddp.ballots.places import Key, Places
+from gaf_ddp.alike import fingerprints, require_alike, require_one_replica, shared
+from gaf_ddp.ballots.ballot import Numbers, Told, affordable, read
+from gaf_ddp.ballots.count import Sent
+from gaf_ddp.ballots.opened import OpenBallot
+from gaf_ddp.ballots.places import Places
+from gaf_ddp.ballots.post import Post
+from gaf_ddp.ballots.replica import Replica
 from gaf_ddp.ballots.share import Share
 from gaf_ddp.ballots.verdict import Verdict, draw, watch
 from gaf_ddp.ballots.voters import Voters
 from gaf_ddp.checks.ballots import BallotChecks
-from gaf_ddp.kernels.fold import Spans, fold_into
-from gaf_ddp.kernels.gram import gram
+from gaf_ddp.kernels.fold import Spans
 from gaf_ddp.monitor.records import Decision
-from gaf_ddp.runtime.collectives import all_gather_single
 from gaf_ddp.runtime.errors import named
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class LateFilter:
         in_buckets: whether ranks bring the same buckets in the same order, and their averages come back; else parts
             in any order. Only then can ranks ask for each other's norms in the first step, and check sums.
         every: steps of a ballot, whatever the state says.
+        tensor_group: ranks that tensor parallelism spreads parameters over, if it does.
     """
 
     def __init__(
@@ -57,18 +59,23 @@ class LateFilter:
         averages: bool = False,
         in_buckets: bool = True,
         every: int | None = None,
+        tensor_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.group, self.device, self.wire_dtype = group, device, state.wire_dtype if group.size() > 1 else None
         self._state, self._hosts = state, state._records.statistics.hosts
         self._voters = Voters.named(state.voters, self._hosts)
         self._in_buckets = in_buckets
-        self.places, self.share = Places(), Share(state, group, device, averages, asks=in_buckets)
+        self._replica = Replica.of(state, group, tensor_group)
+        self.places = Places() if self._replica is None else Places(self._replica.part, self._replica.parts)
+        self._post = Post(state, group, self._voters, self._replica)
+        self.share = Share(state, group, device, averages, asks=in_buckets)
         self.is_open = False  # between a step's first bucket and its last one
         self._latest = -1  # the index of the last bucket
-        self._sent: Sent | None = None
         self._judge_every = every or state.judge_every
         self._every = self._judge_every or 1  # steps of a ballot
-        self.checks = BallotChecks(state.check_every, state.sketch_size, self._hosts, sums=in_buckets)
+        self.checks = BallotChecks(
+            state.check_every, state.sketch_size, self._hosts, in_buckets and self._replica is None
+        )
         self._begin_ballot()
         self.recall()
 
@@ -82,10 +89,13 @@ class LateFilter:
         """Begin a step: draw the verdict of the last ballots, and end a step whose last bucket never came."""
         self.end_if_open()
         self.draw()
+        self._post.forward()
         if self.share.begin_step():
             self._drop_check()
         self.is_open = True
-        self.checks.begin_step(self._state.step, self._steps == 0, self._every, self.places.parameters, self.device)
+        self.checks.begin_step(
+            self._state.step, self.ballot.steps == 0, self._every, self.places.parameters, self.device
+        )
 
     def weigh(self, gradient: Tensor, parameters: Sequence[Tensor], count: int | None = None) -> tuple[Tensor, Spans]:
         """Fold a bucket's gradient `(N,)` into the ballot, and scale it by this rank's share, in place.
@@ -94,24 +104,16 @@ class LateFilter:
         added up over the ranks beside the gradient (`kernels.scale`), and the bucket's spans of the model.
         """
         key, spans = self.places.spans(parameters, count)
-        square = self.new_square(key)
-        self.fold(gradient, spans, square)
+        square = self.ballot.new_square(key)
+        self.ballot.fold(gradient, spans, square)
+        if self._replica is not None:
+            self._replica.add_square(square)
         return self.share.scale(gradient, key, square), spans
-
-    def new_square(self, key: Key) -> Tensor:
-        """Return what a bucket's squared norm of this step is added up in, `()` float64; it is in the ballot."""
-        square = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._squares.setdefault(key, []).append(square)
-        return square
-
-    def fold(self, gradient: Tensor, spans: Spans, square: Tensor) -> None:
-        """Fold a part of a bucket's gradient `(N,)` into the ballot, and add its squared norm to that."""
-        fold_into(gradient, spans, self._sketch, square)
 
     def vote(self) -> None:
         """Send the ballot if it is full."""
-        self._steps += 1
-        if self._steps >= self._every:
+        self.ballot.steps += 1
+        if self.ballot.steps >= self._every:
             self._send()
 
     def end(self) -> None:
@@ -136,13 +138,14 @@ class LateFilter:
             ValueError: on every rank: their settings differ.
             RuntimeError: on every rank: their parameters differ, or an average was not that of the gradients.
         """
-        if self._sent is None:
+        sent = self._post.take()
+        if sent is None:
             return
-        sent, self._sent = self._sent, None
         with named(f"step {sent.step}"):
             products, held = sent.counting.read()
             numbers = read(held, len(sent.keys))
             require_alike(shared(self._state), numbers.settings, self.group.rank())
+            require_one_replica(numbers.unlike)
             self.checks.require(numbers, sent.step)
         verdict = self._verdict(sent, products, numbers)
         self.checks.compare(sent, numbers, verdict.guarded)
@@ -167,37 +170,22 @@ class LateFilter:
 
     def _drop_check(self) -> None:
         """Check no sum of a ballot in the midst of which changes who counts."""
-        if self._steps:
+        if self.ballot.steps:
             self.checks.sums = None
 
     def _begin_ballot(self) -> None:
-        self._sketch = torch.zeros(self._state.sketch_size, dtype=torch.float32, device=self.device)
-        self._squares: dict[Key, list[Tensor]] = {}  # of each bucket, one a step
-        self._steps = 0
+        self.ballot = OpenBallot(self._state.sketch_size, self.device)
         self.checks.begin_ballot()
 
     def _send(self) -> None:
-        """Send the ballot; on accelerators it is counted behind backward, and nobody waits for it now."""
-        state, steps, check, counted = self._state, self._steps, self.checks.sums, self.share.counted()
-        squares = [torch.stack(each).sum() if len(each) > 1 else each[0] for each in self._squares.values()]
+        """Send the ballot, and begin another."""
+        state, check, counted, squares = self._state, self.checks.sums, self.share.counted(), self.ballot.squares
         # Outside of backward DDP calls its hook in Join alone.
         finished = self._in_buckets and torch._C._current_graph_task_id() == -1
         if check is not None and not state.watch and counted[self.group.rank()]:
-            check.guard(list(map(torch.stack, self._squares.values())), self.share.limits.held(self._squares))
-        own = pack(
-            self._sketch, squares, Told(finished, fingerprints(shared(state)), self.checks.hash, self.checks.off)
-        )
-        rows = own.new_empty(self.group.size(), len(own))
-        work = all_gather_single(rows.view(-1), own, group=self.group, async_op=True)
-
-        def tally(sketches: Tensor) -> Tensor:
-            if check is not None:
-                check.expect(sketches, counted)
-            voting = self._voters.mean(sketches)
-            return gram(voting) if state._judge is None else state._judge.tally(voting, steps)
-
-        counting = Counting(work, own, rows, state.sketch_size, tally)
-        self._sent = Sent(state.step, steps, list(self._squares), counted, check, counting)
+            check.guard(list(map(torch.stack, squares.values())), self.share.limits.held(squares))
+        told = Told(finished, fingerprints(shared(state)), self.checks.hash, self.checks.off)
+        self._post.send(self.ballot, told, check, counted)
         if self._judge_every is None:
             gradient = sum(each.numel() * each.element_size() for each in self.places.parameters)
             self._every = affordable(self.group.size(), state.sketch_size, gradient)

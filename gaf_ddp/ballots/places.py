@@ -17,11 +17,16 @@ class Places:
 
     Engines bring parameters in the same order on all ranks, and in every process that runs the same job. So sketches
     mean the same after a restart, and when DDP lays its buckets out anew.
+
+    Args:
+        part: of a replica's model that this rank holds; its places are its own.
+        parts: how many there are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, part: int = 0, parts: int = 1) -> None:
         self.parameters: list[Tensor] = []  # in their order; held, so that no other takes an id
-        self._next = 0
+        self._most = _PLACES // parts
+        self._next = self._first = part * self._most
         self._place: dict[int, int] = {}  # by id
         self._spans: dict[Key, Spans] = {}
 
@@ -50,8 +55,8 @@ class Places:
         ones among them do not share a few.
         """
         self.parameters = list(parameters)
-        width = _PLACES // len(self.parameters)
-        return [number * width + mix(number) % 2**16 for number in range(len(self.parameters))]
+        width = self._most // len(self.parameters)
+        return [self._first + number * width + mix(number) % 2**16 for number in range(len(self.parameters))]
 
     def _place_of(self, parameter: Tensor, count: int) -> int:
         if id(parameter) not in self._place:

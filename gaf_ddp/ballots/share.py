@@ -55,12 +55,19 @@ class Share:
         counted = self.counted()
         number = float(counted.sum()) / self._unit if counted[self._group.rank()] else 0.0
         # How many ranks count now, or which part of W; 0 where this one does not.
+        self._number = number
         self._divisor = to_device(torch.tensor(number, dtype=torch.float64), self._device)
 
     def counted(self) -> Tensor:
         """Return who counts in this step, bool `(W,)`."""
         everyone = self._state.watch or self._state.step < self._state.start_step
         return torch.ones_like(self.kept) if everyone else self.kept
+
+    def weigh(self, gradient: Tensor) -> Tensor | None:
+        """Return the gradient `(N,)` scaled by the share alone, whatever is in it; None where it is as it was."""
+        if self._number == 1 or self._state.watch:
+            return None
+        return gradient / self._number if self._number else torch.zeros_like(gradient)
 
     def scale(self, gradient: Tensor, key: Key, square: Tensor, out: Tensor | None = None) -> Tensor:
         """Scale the gradient `(N,)` of a bucket of this squared norm by the share, in place or into `out`.

@@ -29,8 +29,14 @@ if TYPE_CHECKING:
 class OneStepLate:
     """Scale a unit's gradient, and judge the whole model's a step later."""
 
-    def __init__(self, state: "GAFState", units: list[Unit], group: dist.ProcessGroup) -> None:
-        self.group = group
+    def __init__(
+        self,
+        state: "GAFState",
+        units: list[Unit],
+        group: dist.ProcessGroup,
+        tensor_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.group, self._tensor_group = group, tensor_group
         self._state, self._units = state, units
         self._late: LateFilter | None = None
         self._seen: set[Unit] = set()  # in this step
@@ -42,7 +48,9 @@ class OneStepLate:
         with named(f"step {self._state.step}, unit {unit.name or 'root'}"):
             if self._late is None:
                 meet(self._state, self.group, gradient.device)
-                self._late = LateFilter(self._state, self.group, gradient.device, averages=True)
+                self._late = LateFilter(
+                    self._state, self.group, gradient.device, averages=True, tensor_group=self._tensor_group
+                )
             if not self._late.is_open or unit in self._seen:
                 self._late.begin()
                 self._seen.clear()

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from gaf_ddp.ballots.late import LateFilter
 from gaf_ddp.connect import group_of, meet, warn_if_alone
+from gaf_ddp.engines.parts import require_replica, tensor_group_of
 from gaf_ddp.engines.shown import as_vector, is_part, like, require_seen, require_shown
 from gaf_ddp.kernels.fold import Span
 from gaf_ddp.runtime.errors import named
@@ -51,6 +52,9 @@ def filter_parameters(
     on, they are zeros, and the average of that step is too short by as much. If no rank had a finite gradient, what
     is not finite passes until the next verdict, so that a loss scale backs off.
 
+    With `replica_group` a rank is left out or not, and nothing else: what is long, or not finite, is left to the
+    engine, since ranks of one replica would have to do the same to what is replicated over them.
+
     A rank sends 4 k + 200 bytes a step to each other one. Each parameter takes a fold and a scale in each backward:
     three launches with Triton, and memory of its gradient once more until the engine has taken it.
 
@@ -70,8 +74,8 @@ def filter_parameters(
         TypeError: parameters are no tensors, state is no GAFState, or advance_with is no optimizer. In backward: a
             gradient is sparse.
         ValueError: tau, a weighting or wire_dtype is set; check_every is, and parameters are no replicas; there are
-            no parameters, or on several devices; the state has another process group or filters another model; the
-            ranks' settings differ.
+            no parameters, or on several devices, or spread by tensor parallelism without `replica_group`; the state
+            has another process group or filters another model; the ranks' settings differ.
         RuntimeError: in backward and `advance()`: the engine made gradients that no hook saw, or that have a graph.
     """
     if not isinstance(state, GAFState):
@@ -79,6 +83,7 @@ def filter_parameters(
     known = _required(parameters)
     _require_settings(state, known)
     group = group_of(state, process_group)
+    require_replica(state.replica_group, tensor_group_of(known, dist.get_process_group_ranks(group)))
     optimizer = None if advance_with is None else unwrapped(advance_with)
     warn_if_alone(state, group, stacklevel=2)
     way = _Parameters(known, state, group)
@@ -119,9 +124,12 @@ class _Parameters:
                 self._begin()
             self._seen.add(number)
             vector = as_vector(gradient)
-            late.fold(vector, (Span(0, self._places[number], len(vector)),), self._square)
+            late.ballot.fold(vector, (Span(0, self._places[number], len(vector)),), self._square)
             if self._passes or self._state.watch or self.group.size() == 1:
                 return None
+            if self._state.replica_group is not None:
+                weighed = late.share.weigh(vector)
+                return None if weighed is None else like(gradient, weighed)
             scaled = torch.empty_like(vector)
             late.share.scale(vector, _WHOLE, self._square, scaled)
             return like(gradient, scaled)
@@ -147,7 +155,7 @@ class _Parameters:
 
     def _begin(self) -> None:
         self._late.begin()
-        self._square = self._late.new_square(_WHOLE)
+        self._square = self._late.ballot.new_square(_WHOLE)
         last = self._state._records.decisions
         # Else all ranks' infinities would be zeros for ever, and a loss scale would never back off.
         self._passes = bool(last) and bool(last[0].agreement.nonfinite.all())

@@ -1,6 +1,6 @@
 """Engines that average gradients by themselves, each with one of its ranks turned, and what they must come to."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ class Engine(NamedTuple):
     """
 
     model: Any
-    parameters: list[Tensor]
+    parameters: Sequence[Tensor]
     step: Steps
     values: Callable[[], Tensor]
 

@@ -182,7 +182,7 @@ def orders(device: torch.device) -> None:
     for step in range(3):
         for _ in range(2):
             model(torch.randn(4, 12, generator=torch.Generator().manual_seed(step))).sum().backward()
-        sketches.append(state._way._late._sketch.clone())
+        sketches.append(state._way._late.ballot.sketch.clone())
         state.advance()
     assert state.step == 3
     assert state.agreement is not None

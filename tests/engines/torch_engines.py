@@ -1,5 +1,6 @@
 """Engines that torch itself has, for tests of filter_parameters."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from tests.nets import ddp, mlp
 CPU = torch.device("cpu")
 
 
-def stepping(model: Any, parameters: list[Tensor], backward: Any = Tensor.backward) -> Any:
+def stepping(model: Any, parameters: Sequence[Tensor], backward: Any = Tensor.backward) -> Any:
     """Return a step of plain SGD."""
     optimizer = SGD(parameters, lr=0.1)
 
@@ -50,8 +51,9 @@ def fsdp1(use_orig_params: bool) -> Engine:
     module = mlp()
     module[0] = FSDP(module[0], device_id=CPU, use_orig_params=use_orig_params)
     model = FSDP(module, device_id=CPU, use_orig_params=use_orig_params)
-    handles = [each._handle.flat_param for each in FSDP.fsdp_modules(model)]
-    parameters = handles if use_orig_params else list(model.parameters())
+    units: list[Any] = FSDP.fsdp_modules(model)
+    flat = [each._handle.flat_param for each in units]
+    parameters: Sequence[Tensor] = flat if use_orig_params else list(model.parameters())
 
     def values() -> Tensor:
         with FSDP.summon_full_params(model):

@@ -2,11 +2,10 @@
 
 import os
 import warnings
-from datetime import timedelta
 from functools import partial
+from importlib import import_module
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import SGD
@@ -19,6 +18,9 @@ def deepspeed_engine(stage: int) -> Engine:
     """Return DeepSpeed's ZeRO of a stage, 0 to 3, on the CPU."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
+
+    # Else it compiles an operator first, for a minute.
+    import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
 
     config = {
         "train_micro_batch_size_per_gpu": 16,
