@@ -46,7 +46,7 @@ def deepspeed_engine(stage: int) -> Engine:
     return Engine(engine, parameters, step, values)
 
 
-def torchft_ddp(store: Any) -> Engine:
+def torchft_ddp() -> Engine:
     """Return torchft's DDP, whose manager averages over all replicas: here the job's ranks, none of which dies."""
     from unittest.mock import MagicMock
 
