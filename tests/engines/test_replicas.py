@@ -81,7 +81,8 @@ def train(device: torch.device, kind: str, steps: int) -> tuple[list[list[bool]]
     state = attach(model, mesh=mesh)
     assert state.replica_group is not None
     parameters = list(model.parameters())  # DTensors under DDP leave the module with its first forward
-    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    # Slowly: who has learned all there is has gradients of noise, and turned noise is no fault.
+    optimizer = torch.optim.SGD(parameters, lr=6 / steps)
     kept = []
     for step in range(steps):
         inputs, labels = batch(data, step)
