@@ -37,7 +37,6 @@ from benchmarks.measure import (
 )
 from gaf_ddp import NeighborhoodAgreement, gram
 from gaf_ddp.exchange.gather import GatherExchange
-from gaf_ddp.exchange.point_to_point import PeerExchange
 from gaf_ddp.exchange.protocol import Exchange
 from gaf_ddp.exchange.sharded import ShardedExchange
 from gaf_ddp.exchange.sketched import SketchExchange
@@ -47,25 +46,22 @@ from gaf_ddp.runtime.collectives import all_gather_single, reduce_scatter_single
 Operation = tuple[Callable[[], object], Callable[[], int], float]  # run, count wrong elements, busbw factor
 
 
-def exchanges(group: dist.ProcessGroup, device: torch.device) -> dict[str, Exchange]:
-    """Return the exchanges that the hook would choose from, over the group itself."""
-    on_cpu = device.type == "cpu"
+def exchanges(group: dist.ProcessGroup) -> dict[str, Exchange]:
+    """Return the exchanges that the hook would choose from."""
     return {
-        "sketch": SketchExchange(group, SKETCH_SIZE, small_messages=group if on_cpu else None),
-        "sharded": PeerExchange(group) if on_cpu else ShardedExchange(group),
+        "sketch": SketchExchange(group, SKETCH_SIZE),
+        "sharded": ShardedExchange(group),
         "gather": GatherExchange(group),
     }
 
 
 def filter_bucket(exchange: Exchange, bucket: Tensor) -> None:
     """Do what the hook does for one bucket."""
-    rows = exchange.scatter(bucket)()
+    rows = exchange.scatter(bucket)
     products = gram(rows)
     message = products.new_zeros(1, len(rows))  # as the hook's, of its settings
     gramian = exchange.sum(torch.cat([products, message]))[:-1]
-    finish = exchange.gather(rows, decide(gramian, NeighborhoodAgreement(2.0), 10.0).weights, bucket)
-    if finish is not None:
-        finish()
+    exchange.gather(rows, decide(gramian, NeighborhoodAgreement(2.0), 10.0).weights, bucket)
 
 
 def operations(count: int, dtype: torch.dtype, device: torch.device) -> dict[str, Operation]:
@@ -89,7 +85,7 @@ def operations(count: int, dtype: torch.dtype, device: torch.device) -> dict[str
         "all_to_all": operation(lambda: dist.all_to_all_single(out, full), out, by_rank, half),
     }
     ways: dict[str, Callable[[Tensor], None]] = {"late": late_filter(group, device)}
-    ways |= {name: partial(filter_bucket, exchange) for name, exchange in exchanges(group, device).items()}
+    ways |= {name: partial(filter_bucket, exchange) for name, exchange in exchanges(group).items()}
     for name, way in ways.items():
         filtered = full.clone()
         run = partial(way, filtered)

@@ -1,8 +1,8 @@
 """What one bucket costs a rank: an alpha-beta model of the all-reduce and of the filter's ways.
 
 A message of s bytes takes `alpha + beta s`, and those that leave a host share its link. A ring all-reduce of S bytes
-is 2 (W − 1) messages of S/W, of which one rank's leave its host. The sharded filter is W − 1 messages of S/W out and
-as many back, of which every rank's to other hosts leave, and one pass of gram and one of combine over S bytes. One
+is 2 (W − 1) messages of S/W, of which one rank's leave its host. The sharded filter is W − 1 messages of S/W, of which
+every rank's to other hosts leave, half a ring, and one pass of gram and one of combine over S bytes. One
 step late is a ring all-reduce of S and one of 16 bytes, a pass of fold and one of scale over S bytes, and once in so
 many steps, which are of this bucket alone, a ring all-gather of sketches and a verdict. The gather of ballots is
 counted as if nothing ran beside it. The sketch filter is a pass of fold and one of combine over S bytes, the sketch
@@ -45,12 +45,12 @@ class Cost:
 
 
 def leaving(world: int, ranks_per_host: int) -> float:
-    """Return how much more leaves a host of an all-to-all and its return than of a ring all-reduce.
+    """Return how much more leaves a host of an all-to-all and a ring all-gather than of a ring all-reduce.
 
-    Each of G ranks sends `2 S/W` to each of W − G elsewhere; of a ring, one rank sends `2 (W − 1)/W S` on. The
-    ratio is `G (W − G)/(W − 1)`: 1 for one rank per host, `G² / (2 G − 1)` for two hosts, close to G for many.
+    In the all-to-all each of G ranks sends `S/W` to each of W − G elsewhere; of half a ring, one rank sends
+    `(W − 1)/W S` on. The ratio of those is `G (W − G)/(W − 1)`: 1 for one rank per host, close to G for many hosts.
     """
-    return ranks_per_host * (world - ranks_per_host) / (world - 1)
+    return (1 + ranks_per_host * (world - ranks_per_host) / (world - 1)) / 2
 
 
 def all_reduce(world: int, size: float, c: Constants) -> Cost:

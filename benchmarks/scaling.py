@@ -120,7 +120,7 @@ def measure_points(size: int, device: torch.device, repeats: int) -> list[dict[s
             plain, bucket = torch.randn(2, size // 4, device=device)
             run: dict[str, Callable[[], object]] = {"all_reduce": partial(dist.all_reduce, plain.zero_(), group=group)}
             run["late"] = partial(late_filter(group, device), bucket.clone())
-            for name, exchange in exchanges(group, device).items():
+            for name, exchange in exchanges(group).items():
                 if name != "gather":  # holds W buckets
                     run[name] = partial(filter_bucket, exchange, bucket)
             timings = interleaved(run, repeats, device, calls_at_once(size, device), group=group)

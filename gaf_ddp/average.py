@@ -99,6 +99,10 @@ class _Rounds:
                 part.copy_(average.view_as(part))
         late.close()
 
+    def read(self, loss: object) -> None:
+        """Refuse held-out data: what is averaged is no gradient."""
+        raise RuntimeError("reference is for gaf_hook and filter_fsdp: filter_average has no model to read with")
+
     def draw(self) -> None:
         """Nothing is on its way between rounds."""
 

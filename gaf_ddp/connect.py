@@ -10,11 +10,11 @@ from gaf_ddp.alike import as_text, require_same, shared
 from gaf_ddp.ballots.late import LateFilter
 from gaf_ddp.engines.ddp import Model
 from gaf_ddp.engines.parts import require_replica, tensor_group_of
-from gaf_ddp.exchange import point_to_point
 from gaf_ddp.exchange.pipeline import Pipeline
 from gaf_ddp.runtime.device import kernels
 from gaf_ddp.runtime.errors import named
 from gaf_ddp.runtime.hosts import own_host
+from gaf_ddp.runtime.presence import wait_for_everyone
 from gaf_ddp.state import GAFState
 
 
@@ -59,7 +59,7 @@ def meet(
     # of a rank without the hook.
     if device.type == "cpu":
         with named("before the first bucket (is the hook on every rank?)"):
-            point_to_point.meet(group)
+            wait_for_everyone(group)
     everyone = require_same(as_text({**told, "host": own_host()}), group, device)
     statistics = state._records.statistics
     statistics.hosts, statistics.speaks = [each["host"] for each in everyone], group.rank() == 0

@@ -15,7 +15,6 @@ At once, `GAFState(tau=t)` or `weighting=`: a decision on this step's gradients,
     bucket  = exchange.gather(rows, weights)     (N,)    the filtered average, the same on every rank
 """  # DDP checks the hook's annotations: no `from __future__ import annotations` here.
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,9 +24,8 @@ from torch.futures import Future
 
 from gaf_ddp.ballots.late import LateFilter
 from gaf_ddp.connect import connect
-from gaf_ddp.exchange.lanes import at_end_of_backward
-from gaf_ddp.exchange.pipeline import Pipeline
 from gaf_ddp.kernels.scale import correct
+from gaf_ddp.runtime.backward import at_end_of_backward
 from gaf_ddp.runtime.errors import named
 from gaf_ddp.state import GAFState
 
@@ -45,8 +43,8 @@ def gaf_hook(
 
     At once, with the sharded exchange, a rank sends a ring all-reduce's bytes, `2 (W − 1)/W N` elements, and
     all-reduces at most `W (W + 1)` float64 numbers. With several ranks per host more leaves a host: see
-    `ShardedExchange`. On CPU groups a thread works beside backward; on accelerators everything is enqueued on a side
-    stream and the host waits for nothing.
+    `ShardedExchange`. On CPU groups the hook, and backward with it, waits for the other ranks; on accelerators
+    everything is enqueued on a side stream and the host waits for nothing.
 
     The first bucket compares the ranks' settings, and the first step's exchange norms.
 
@@ -56,7 +54,7 @@ def gaf_hook(
 
     Returns:
         A future of the bucket's buffer. What a rank raises on the way comes out of its `backward()`; what others
-        raise for want of it names step and bucket, at once the rank too.
+        raise for want of it names step and bucket.
 
     Raises:
         TypeError: state is no GAFState, bucket is no GradBucket, or holds a sparse gradient.
@@ -68,7 +66,7 @@ def gaf_hook(
     """
     _require(state, bucket)
     way = connect(state, bucket)
-    return _late(state, way, bucket) if isinstance(way, LateFilter) else _at_once(way, bucket)
+    return _late(state, way, bucket) if isinstance(way, LateFilter) else way.take(bucket)
 
 
 def _late(state: GAFState, late: LateFilter, bucket: Any) -> Future[Tensor]:
@@ -99,21 +97,6 @@ def _late(state: GAFState, late: LateFilter, bucket: Any) -> Future[Tensor]:
     # `collect_all` knows no devices, and would bring it onto backward's own, before the sums are there.
     done = torch.futures.collect_all(futures) if buffer.device.type == "cpu" else futures[-1]
     return done.then(corrected)
-
-
-def _at_once(pipeline: Pipeline, bucket: Any) -> Future[Tensor]:
-    """Exchange, judge, exchange; what blocks does so on a lane beside backward."""
-    first_step = pipeline.first_step
-    arrival = pipeline.take(bucket)
-    in_backward = at_end_of_backward(pipeline.finish)
-    pipeline.lane.run(partial(pipeline.filter, arrival, in_backward))
-    if arrival.is_last:
-        # DDP copies one bucket's result into the gradients while others' are on their way. Not so in the first
-        # step: ranks that fail there must not enter the next forward, where DDP broadcasts new buckets.
-        pipeline.lane.run(pipeline.land, awaited=first_step)
-    if not in_backward:
-        pipeline.lane.wait()
-    return pipeline.lane.result(arrival.promise)
 
 
 def _require(state: object, bucket: object) -> None:

@@ -13,7 +13,7 @@ from gaf_ddp.rules.agreement import Agreement
 from gaf_ddp.rules.neighborhood import NeighborhoodAgreement
 from gaf_ddp.rules.weighting import Mean, require_tau
 from gaf_ddp.saving import from_dict, to_dict
-from gaf_ddp.settings import Settings
+from gaf_ddp.settings import Settings, require
 
 
 class GAFState(Settings):
@@ -108,6 +108,35 @@ class GAFState(Settings):
             self._awaits_hook = False
         self._catch_up()
         return self._records.statistics.summary(self.step, reset, self.max_norm_ratio)
+
+    def reference(self, loss: Callable[[float], Tensor]) -> None:
+        """Let held-out data tell honest ranks that differ from bad ones, and find a bad majority; a few steps later.
+
+            if step % 20 == 0:
+                state.reference(lambda temperature: criterion(model(inputs) / temperature, targets))
+
+        Call it on every rank, between steps, every 10 to 20 of them, with each rank's own share of some 100 examples
+        or more that nobody trains on, and that have what the model is for. Its gradient is read twice and folded, not
+        averaged: `.grad`, buffers, torch's random state, DDP and the next step are as if it had not been called.
+
+        Costs two forwards and backwards of the share, one gradient's memory, and 8 k bytes more in one ballot. Before
+        the first step it returns at once. Under FSDP2 there must be no gradients that wait to be reduced.
+
+        Args:
+            loss: from a temperature, 1 or 2, to the loss of logits divided by it; a loss without logits may ignore it.
+                A loss scaled for mixed precision does as well. Checkpoints in it must have `use_reentrant=False`.
+
+        Raises:
+            TypeError: loss is not callable, or returned something else than one number with a gradient.
+            ValueError: tau or a weighting judges, which has no use for it.
+            RuntimeError: in a later step, on every rank: it was called on some ranks only.
+        """
+        if not callable(loss):
+            raise TypeError(f"loss must be callable, from a temperature to the loss, found {loss!r}")
+        rule = "reference is for the consensus rule: tau and weighting must be None"
+        require(self._ratio is not None, rule, self.tau if self.weighting is None else self.weighting)
+        if self._way is not None:
+            self._way.read(loss)
 
     def report(self) -> Report:
         """Return where each rank stands since training began; waits and raises as `summary()` does."""

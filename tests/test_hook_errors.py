@@ -137,13 +137,13 @@ def fail(device: torch.device, failure: Failure, folder: Path) -> Report:
     model = make_model()
     assert [backward(model, device).kind for _ in range(failure.step)] == ["nothing"] * failure.step
     failed = backward(model, device)
-    alone = failure.how == "schedule" and not failure.on_all  # fails before ranks have met, on the model's own group
-    again = failed if alone else backward(model, device)
+    unmet = failure.how == "schedule" and not failure.on_all  # fails before ranks have met
+    again = failed if unmet else backward(model, device)
     # Go on together: a closed connection would end the other rank before the group's time-out does.
     store.set(str(dist.get_rank()), "ended")
     store.wait([str(rank) for rank in range(W)], timedelta(seconds=6 * GROUP_TIMEOUT))
-    if alone:
-        return Report(failed, again, again)  # ranks that missed each other cannot make another model
+    if not failure.on_all:
+        return Report(failed, again, again)  # a group in which ranks missed each other makes no other model
     return Report(failed, again, backward(make_model(), device))
 
 
@@ -166,8 +166,6 @@ def test_errors_end_every_rank(reports: dict[Failure, Future[list[Report]]], fai
     for rank, report in enumerate(reports[failure].result()):
         if failure.on_all or rank == 1:
             kind, message = EXPECTED[failure.how]
-            if failure.static_graph and failure.step == 0:
-                kind = "RuntimeError"  # DDP waits for the hook's future there: torch quotes what it raised
             assert report.failed.kind == kind
             assert message in report.failed.traceback
             if failure.how != "schedule":  # by its traceback, or in the message
@@ -177,16 +175,17 @@ def test_errors_end_every_rank(reports: dict[Failure, Future[list[Report]]], fai
             message = "Timed out"
             assert report.failed.kind == "RuntimeError"
             assert message in report.failed.traceback
+            assert re.search(r"gaf_ddp: (step \d, bucket \d|before the first bucket)", report.failed.traceback)
             assert GROUP_TIMEOUT / 2 < report.failed.seconds < GROUP_TIMEOUT + limit
         if failure.how == "schedule" and not failure.on_all:
             continue
         # DDP itself refuses another forward, at once, if not in the clearest words; a new model wants a new state.
-        # Where torch could only quote the error itself, the next call raises it.
-        quoted = failure.static_graph and failure.step == 0 and (failure.on_all or rank == 1)
-        assert report.again.kind == ("LookupError" if quoted else "RuntimeError")
-        assert report.anew.kind == "ValueError"
-        assert "a GAFState must be of one model alone: make one for each" in report.anew.traceback
-        assert report.again.seconds + report.anew.seconds < GROUP_TIMEOUT
+        assert report.again.kind == "RuntimeError"
+        assert report.again.seconds < GROUP_TIMEOUT
+        if failure.on_all:
+            assert report.anew.kind == "ValueError"
+            assert "a GAFState must be of one model alone: make one for each" in report.anew.traceback
+            assert report.anew.seconds < GROUP_TIMEOUT
 
 
 def survive(device: torch.device, scope: str) -> None:
@@ -198,7 +197,7 @@ def survive(device: torch.device, scope: str) -> None:
         os._exit(3)
     end = backward(model, device)
     assert end.kind == "RuntimeError"
-    assert re.search(r"gaf_ddp: step 2, bucket \d: rank 0 lost rank 1: ", end.traceback)
+    assert re.search(r"gaf_ddp: step 2, bucket \d: ", end.traceback)
     assert end.seconds < 30  # of the group's 60
 
 

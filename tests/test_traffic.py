@@ -44,8 +44,8 @@ def count_bytes() -> dict[str, int]:
 
 
 def leaving(hosts: int, ranks: int) -> float:
-    """Return what leaves hosts of so many ranks when each has a slice for every other, relative to a ring's."""
-    return ranks**2 * (hosts - 1) / (hosts * ranks - 1)
+    """Return what leaves hosts of so many ranks in an all-to-all and a ring's all-gather, relative to a ring's both."""
+    return (1 + ranks**2 * (hosts - 1) / (hosts * ranks - 1)) / 2
 
 
 @pytest.fixture(scope="module", params=[(4, 1), (2, 2)], ids=["4 hosts", "2 hosts of 2 ranks"])

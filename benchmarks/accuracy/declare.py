@@ -41,6 +41,26 @@ class Fault:
         return (self.rank, *self.others)
 
 
+@dataclass(frozen=True)
+class Reference:
+    """Held-out data that the consensus rule is given (`GAFState.reference`).
+
+    every: steps from one reading to the next.
+    examples: how many there are, over all ranks; None for the whole validation part.
+    wrong: share of their labels that are another class at random.
+    lacks: classes that they have none of; of text, registers.
+    same: whether every rank reads all of them, and not a share of its own.
+    training: whether they are what ranks train on, each its own, wrong labels with it.
+    """
+
+    every: int = 20
+    examples: int | None = None
+    wrong: float = 0.0
+    lacks: tuple[int, ...] = ()
+    same: bool = False
+    training: bool = False
+
+
 PAST = "@7a1f1ee"
 
 
@@ -53,11 +73,13 @@ class Rule:
 
     parameter: tau for the filters, what the rule's own documentation says for the others.
     like: for the random controls, the rule whose acceptance, step by step, they repeat.
+    reference: held-out data, for the consensus rule.
     """
 
     name: str
     parameter: float | None = None
     like: "Rule | None" = None
+    reference: Reference | None = None
 
     @property
     def is_past(self) -> bool:

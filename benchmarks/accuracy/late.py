@@ -4,6 +4,7 @@ Folds, shares, sums, judge and verdict are the package's own. One process has on
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,7 +29,15 @@ class OneStepLate:
     def __init__(self, state: GAFState, world: int) -> None:
         self._state, self._voters = state, Voters(list(range(world)))
         self._kept = torch.ones(world, dtype=torch.bool)
-        self._limits: Tensor | None = None  # (1,)
+        self._limits: Tensor | None = None  # (W, 1)
+        self._read: Tensor | None = None  # (W, 2, k), sketches of held-out data's gradients
+        self._loss = self._loss_due = 0.0
+        self._due: Tensor | None = None  # the same, that the next ballots carry
+
+    def read(self, readings: Sequence[Tensor], loss: float) -> None:
+        """Take the ranks' two gradients `(W, N)` of held-out data, for the ballot after the next one."""
+        folded = [[fold(row, whole(len(row)), self._state.sketch_size)[0] for row in rows] for rows in readings]
+        self._read, self._loss = torch.stack([torch.stack(each) for each in folded], 1), loss
 
     def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Average the gradients `(W, N)` by the last verdict, and draw the next one; the gradients are overwritten.
@@ -45,18 +54,21 @@ class OneStepLate:
             self._limits = self._limits_now(squares)
         counted = self._kept
         divisors = counted * counted.sum().double()
-        shares = [scale(row, s, d, self._limits[0]) for row, s, d in zip(rows, squares, divisors, strict=True)]
+        parts = zip(rows, squares, divisors, self._limits[:, 0], strict=True)
+        shares = [scale(row, square, divisor, limit) for row, square, divisor, limit in parts]
         average = correct(rows.sum(0), torch.stack(shares).sum(0))
-        products = state._judge.tally(self._voters.mean(sketches), 1)
+        products = state._judge.tally(self._voters.mean(sketches), 1, self._due)
+        self._due, self._read, self._loss_due = self._read, None, self._loss
+        loss = torch.full((len(rows),), self._loss_due, dtype=torch.float64)
         none = torch.zeros(len(rows), 2, dtype=torch.float64)
-        numbers = Numbers(squares[:, None], none[:, 0], none, none[:, 0], none, squares, none[:, 0])
+        numbers = Numbers(squares[:, None], none[:, 0], none, none[:, 0], none[:, 0], loss, none, squares, none[:, 0])
         verdict = draw(state._judge, products, numbers, self._voters, 1, state.max_norm_ratio, self._limits, counted)
         self._kept, self._limits = verdict.kept, verdict.limits
         state.step += 1
         return average, verdict.agreement.kept
 
     def _limits_now(self, squares: Tensor) -> Tensor:
-        """Return the first step's limit `(1,)`, of whose norms no verdict knows."""
+        """Return the first step's limits `(W, 1)`, of whose norms no verdict knows."""
         ratio = self._state.max_norm_ratio
         median = upper_median(squares.sqrt(), squares.isfinite() & (squares > 0))
-        return (math.inf if ratio is None else ratio) * median.view(1)
+        return ((math.inf if ratio is None else ratio) * median).expand(len(squares), 1)

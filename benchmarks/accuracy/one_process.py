@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from benchmarks.accuracy import peers
 from benchmarks.accuracy.declare import Run
@@ -18,6 +19,7 @@ from benchmarks.accuracy.task import Task
 from benchmarks.accuracy.training import build_network, build_optimizer
 from gaf_ddp import GAFState, combine, gram
 from gaf_ddp.rules.agreement import decide
+from gaf_ddp.rules.reference import TEMPERATURES
 
 # From gradients (W, N), overwritten, to their average (None: no step), and who was kept (None: no filter).
 Way = Callable[[Tensor], tuple[Tensor | None, Tensor | None]]
@@ -60,11 +62,23 @@ class OneProcess:
         """Train one step; return which ranks were kept, `(W,)`, None without a filter."""
         batches = [self._task.batch(member, index) for member in range(len(self._run.ranks))]
         rows = all_gradients(self.model, batches)
+        self._refer(index)
         self._break(rows)
         average, kept = self._way(rows)
         if average is not None:
             self._update(average)
         return kept
+
+    def _refer(self, index: int) -> None:
+        """Read the held-out data, if it is time to."""
+        told = self._run.rule.reference
+        if told is not None and index % told.every == 0:
+            assert isinstance(self._way, OneStepLate)
+            references = list(self._task.references)
+            with torch.no_grad():
+                losses = [cross_entropy(self.model(x) / TEMPERATURES[-1], y) for x, y in references]
+            readings = [all_gradients(self.model, references, t) for t in TEMPERATURES]
+            self._way.read(readings, float(torch.stack(losses).mean()))
 
     def _break(self, rows: Tensor) -> None:
         """Put the fault in place of the bad ranks' gradients."""

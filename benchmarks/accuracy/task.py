@@ -12,6 +12,7 @@ from launch.labels import add_label_noise, shift_labels
 
 NOISE_SEED = 424_242  # apart from the validation part's, which must not be the noisy part
 SHUFFLE_SEED = 171_717
+REFERENCE_SEED = 535_353
 VALIDATION = 0.15  # of the training data, held out for early stopping, with the labels training would see
 
 
@@ -20,6 +21,7 @@ class Task:
     """One run's data. `labels[i]` and `draws[i]` belong to the i-th rank that takes part.
 
     labels: (n,) each, as that rank sees them. draws: (steps, batch) indices into images.
+    references: what each rank reads of held-out data, () where it has none.
     few: bool (test examples,), of classes or registers that the fewest ranks see; all where everyone sees all.
     """
 
@@ -30,6 +32,7 @@ class Task:
     test: tuple[Tensor, Tensor]
     few: Tensor
     classes: int
+    references: tuple[tuple[Tensor, Tensor], ...] = ()
 
     def batch(self, member: int, step: int) -> tuple[Tensor, Tensor]:
         """Return images and labels that one member sees at one step."""
@@ -54,7 +57,28 @@ def build_task(run: Run, folder: Path | None) -> Task:
         (source.test, source.test_labels),
         _seen_by_few(run.labels, source.test_groups),
         source.classes,
+        _references(run, source, held, kept, seen),
     )
+
+
+def _references(
+    run: Run, source: Images, held: Tensor, kept: Tensor, seen: dict[int, Tensor]
+) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Return each rank's share of the held-out data that a run's rule is given, with right labels where not told."""
+    told = run.rule.reference
+    if told is None:
+        return ()
+    if told.training:
+        groups = source.groups[kept]
+        own = run.labels.classes if run.labels.kind == "own classes" else ()
+        mine = [kept[torch.isin(groups, torch.tensor(own[r]))] if own else kept for r in run.ranks]
+        parts = [chosen[place :: len(run.ranks)][:64] for place, chosen in enumerate(mine)]
+        return tuple((source.train[c], seen[r][c]) for r, c in zip(run.ranks, parts, strict=True))
+    labels = add_label_noise(source.labels, source.classes, told.wrong, REFERENCE_SEED + run.seed)
+    chosen = held[~torch.isin(source.groups[held], torch.tensor(told.lacks))][: told.examples]
+    world = len(run.ranks)
+    parts = [chosen if told.same else chosen[place::world] for place in range(world)]
+    return tuple((source.train[part], labels[part]) for part in parts)
 
 
 def _labels(source: Images, wrong: Labels, rank: int, seed: int) -> Tensor:

@@ -18,13 +18,11 @@ import torch.distributed as dist
 import gaf_ddp.ballots.late
 import gaf_ddp.exchange.gather
 import gaf_ddp.exchange.pipeline
-import gaf_ddp.exchange.point_to_point
 import gaf_ddp.exchange.sharded
 import gaf_ddp.exchange.sketched
 import gaf_ddp.hook
 from benchmarks.faults.declare import FAULT_STEP, VICTIM, Fault
 
-_isend = dist.isend
 _SIGNALS = {"kill": signal.SIGKILL, "SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM}
 
 
@@ -109,7 +107,7 @@ class Breaking:
         late = gaf_ddp.ballots.late.LateFilter
         exchanges = [
             gaf_ddp.exchange.sketched.SketchExchange,
-            gaf_ddp.exchange.point_to_point.PeerExchange,
+            gaf_ddp.exchange.sharded.ShardedExchange,
             gaf_ddp.exchange.gather.GatherExchange,
         ]
         own = {"average": (gaf_ddp.hook, "_late"), "ballot": (late, "_send"), "verdict": (late, "draw")}
@@ -123,7 +121,7 @@ class Breaking:
         if not self.is_now:
             yield
             return
-        places = [(dist, "isend"), (dist, "all_reduce"), (dist, "all_to_all_single")]
+        places = [(dist, "all_reduce"), (dist, "all_to_all_single")]
         gather, sharded = gaf_ddp.exchange.gather, gaf_ddp.exchange.sharded
         modules = gather, sharded, gaf_ddp.exchange.sketched, gaf_ddp.ballots.late
         places += [(module, "all_gather_single") for module in modules]
@@ -138,10 +136,6 @@ class Breaking:
 
     def _sending(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def send(*args: Any, **options: Any) -> Any:
-            if original is _isend:
-                work = original(*args, **options)
-                self.now()
-                return work
             asked = options.pop("async_op", False)
             work = original(*args, **options, async_op=True)
             self.now()
@@ -153,7 +147,7 @@ class Breaking:
 
 
 def _breaking(original: Callable[..., Any], moment: str, breaking: Breaking) -> Callable[..., Any]:
-    """Return a method that breaks before, inside or after itself and the wait it returns."""
+    """Return a method that breaks before, inside or after itself."""
 
     @functools.wraps(original)
     def method(*args: Any) -> Any:
@@ -164,22 +158,9 @@ def _breaking(original: Callable[..., Any], moment: str, breaking: Breaking) -> 
         else:
             with breaking.amid_messages():
                 result = original(*args)
-        if not callable(result):
-            if moment == "after":
-                breaking.now()
-            return result
-
-        def wait() -> Any:
-            if moment != "inside":
-                value = result()
-            else:
-                with breaking.amid_messages():
-                    value = result()
-            if moment == "after":
-                breaking.now()
-            return value
-
-        return wait
+        if moment == "after":
+            breaking.now()
+        return result
 
     return method
 

@@ -105,7 +105,7 @@ def _steps(setup: str, fault: Fault, rank: int, breaking: Breaking, group: Any, 
 
 
 def _loaded(data: Tensor, step: int) -> Tensor:
-    """Return a step's input as processes read it that are forked while the hook's thread lives."""
+    """Return a step's input as processes read it that are forked amid training."""
     loader = DataLoader(TensorDataset(data[step : step + 1]), num_workers=2, multiprocessing_context="fork")
     ((x,),) = loader
     return torch.as_tensor(x)

@@ -1,7 +1,8 @@
 """What a rank sends at the end of a step, and how all ranks' ballots are read.
 
-A ballot is the sketch `(k,)` of the rank's gradient in float32, and beside it numbers in float64: the squared norm
-of each bucket, and what the rank was told and found (`Told`). It has 4 k + 8 (buckets + some 20) bytes.
+A ballot is the sketch `(k,)` of the rank's gradient in float32, sometimes two of held-out data behind it, and numbers
+in float64: the squared norm of each bucket, and what the rank was told and found (`Told`). It has 4 k + 8 (buckets +
+some 20) bytes, with held-out data 8 k more.
 """
 
 import math
@@ -28,12 +29,16 @@ class Told:
         settings: a number for each setting that ranks must have alike, each exact in float64.
         hash: of the parameters' bits, int64 `()` on the device; None where it is not asked for.
         off: how far the last checked sum was off, `()` float64 on the device; None where none was checked.
+        referenced: whether a reading of held-out data waits for the next ballot.
+        loss: of the reading in this ballot, NaN where there is none.
     """
 
     finished: bool
     settings: Sequence[float]
     hash: Tensor | None
     off: Tensor | None
+    referenced: bool = False
+    loss: float = math.nan
 
 
 class Numbers(NamedTuple):
@@ -44,6 +49,8 @@ class Numbers(NamedTuple):
         finished: `(W,)`, 1 where a rank waits in DDP's Join.
         hashes: `(W, 2)`, the halves of the parameters' hash; zeros where it was not asked for.
         off: `(W,)`, how far the last checked sum was off; zeros where none was checked.
+        referenced: `(W,)`, 1 where a reading of held-out data waits for the next ballot.
+        loss: `(W,)`, of the readings in these ballots, NaN where there are none.
         settings: `(W, settings)`.
         total: `(W,)`, squared norms of the whole gradients: of all that ranks of a replica hold.
         unlike: `(W,)`, not 0 where ranks of one replica were told unlike things.
@@ -53,6 +60,8 @@ class Numbers(NamedTuple):
     finished: Tensor
     hashes: Tensor
     off: Tensor
+    referenced: Tensor
+    loss: Tensor
     settings: Tensor
     total: Tensor
     unlike: Tensor
@@ -69,27 +78,29 @@ def pack(sketch: Tensor, squares: Tensor, total: Tensor, unlike: Tensor | None, 
         told: what else it says.
     """
     device = sketch.device
-    known = torch.tensor([float(told.finished), 0, 0, 0, 0, *told.settings], dtype=torch.float64)
+    first = float(told.finished), 0, 0, 0, float(told.referenced), told.loss, 0
+    known = torch.tensor([*first, *told.settings], dtype=torch.float64)
     known = to_device(known, device)
     if told.hash is not None:
         known[1:3] = torch.stack([told.hash >> 32, told.hash & 0xFFFFFFFF])  # halves are exact in float64
     if told.off is not None:
         known[3] = told.off
     if unlike is not None:
-        known[4] = unlike
+        known[6] = unlike
     numbers = torch.cat([squares, total.view(1), known])
     return torch.cat([sketch.view(torch.int32), numbers.view(torch.int32)])
 
 
 def unpack(rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Return sketches `(W, k)` float32, and the numbers behind them, float64, of all ranks' ballots `(W, …)`."""
+    """Return the first `(W, size)` float32, and the numbers behind them, float64, of all ranks' ballots `(W, …)`."""
     return rows[:, :size].view(torch.float32), rows[:, size:].contiguous().view(torch.float64)
 
 
 def read(numbers: Tensor, buckets: int) -> Numbers:
     """Name the numbers `(W, …)` of ballots on so many buckets."""
     squares, total, told = numbers[:, :buckets], numbers[:, buckets], numbers[:, buckets + 1 :]
-    return Numbers(squares, told[:, 0], told[:, 1:3], told[:, 3], told[:, 5:], total, told[:, 4])
+    finished, off, referenced, loss, unlike = (told[:, column] for column in (0, 3, 4, 5, 6))
+    return Numbers(squares, finished, told[:, 1:3], off, referenced, loss, told[:, 7:], total, unlike)
 
 
 def affordable(world_size: int, size: int, gradient: float) -> int:

@@ -25,7 +25,7 @@ class Counting:
         work: the gather, under way.
         own: this rank's ballot.
         rows: all ranks' ballots `(W, …)`, once it is done.
-        size: k, numbers of a sketch.
+        size: numbers of a ballot's sketches.
         tally: launches what is done with the sketches.
     """
 

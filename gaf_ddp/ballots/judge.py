@@ -6,7 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gaf_ddp.rules.consensus import upper_median
 from gaf_ddp.rules.memory import ConsensusMemory
+from gaf_ddp.rules.reference import ReferenceMemory, cosines_with
+
+_LONGEST = 10.0  # median lengths, to which a ballot's gradient is cut in the sums that references are held against
 
 
 class Opinion(NamedTuple):
@@ -17,12 +21,14 @@ class Opinion(NamedTuple):
         z: `(V,)` float64, distance to the consensus, NaN where it is not known.
         flipped: bool `(V,)`, left out since its mirror image would be a member.
         gramian: `(V, V)` float64, inner products of the ballot's gradients, by their sketches.
+        verdict: `(V,)` float64, `TRUSTED`, `CONDEMNED` or 0 by held-out data; None before the first of it.
     """
 
     kept: Tensor
     z: Tensor
     flipped: Tensor
     gramian: Tensor
+    verdict: Tensor | None
 
 
 class Judge:
@@ -38,20 +44,23 @@ class Judge:
 
     def __init__(self, ratio: float, momentum: float) -> None:
         self.ratio, self.momentum = ratio, momentum
-        self._memory = ConsensusMemory()
+        self._memory, self._reference = ConsensusMemory(), ReferenceMemory()
+        self._sums: Tensor | None = None  # (V, k), gradients since the last reading of held-out data
         self._momenta: Tensor | None = None
         self._moves: Tensor | None = None  # (V, V), to be taken to the momenta before the next gradients are added
         self.kept = torch.ones(0, dtype=torch.bool)
 
-    def tally(self, gradients: Tensor, steps: int) -> Tensor:
+    def tally(self, gradients: Tensor, steps: int, shares: Tensor | None = None) -> Tensor:
         """Add a ballot's gradients to the momenta; never waits for the device, some eight launches.
 
         Args:
             gradients: sketches `(V, k)` float32; zeros beside a voter that has none.
             steps: how many steps they are the sum of.
+            shares: `(W, 2, k)` float32, each rank's share of two readings of held-out data, if this ballot has them.
 
         Returns:
-            `(2 V, 2 V)` float64, inner products of the momenta, and behind them of the gradients.
+            `(2 V, 2 V)` float64, inner products of the momenta, and behind them of the gradients. With shares a row
+            more: the cosines `(2, V)` of what the voters' gradients since the last reading add up to.
         """
         momenta = self._momenta
         if momenta is None or momenta.shape != gradients.shape:
@@ -62,35 +71,59 @@ class Judge:
             momenta = (moves @ momenta.nan_to_num(0.0, 0.0, 0.0).double()).float()  # what is not finite goes nowhere
         self._momenta = torch.add(gradients, momenta, alpha=self.momentum**steps)
         both = torch.cat([self._momenta, gradients]).double()  # float32 products may silently use TF32
-        return both @ both.mT
+        products = both @ both.mT
+        self._add_to_sums(gradients)
+        if shares is None:
+            return products
+        sums = torch.zeros_like(gradients) if self._sums is None else self._sums
+        cosines, signal = cosines_with(sums, shares)
+        self._sums = torch.zeros_like(gradients)
+        found = products.new_zeros(2, products.shape[1])
+        found[0], found[1, :2] = cosines.flatten(), signal
+        return torch.cat([products, found])
 
-    def judge(self, products: Tensor, voters: Tensor, steps: int) -> Opinion:
+    def _add_to_sums(self, gradients: Tensor) -> None:
+        """Add gradients to the sums that the next reading is held against, from the first reading on."""
+        if self._sums is None or self._sums.shape != gradients.shape:
+            self._sums = None
+            return
+        lengths = torch.linalg.vector_norm(gradients, dim=1)
+        cut = (_LONGEST * upper_median(lengths, lengths > 0) / lengths).clamp(max=1)
+        self._sums = self._sums.to(gradients.device) + torch.where(lengths > 0, cut, 0)[:, None] * gradients
+
+    def judge(self, products: Tensor, voters: Tensor, steps: int, loss: float = 0.0) -> Opinion:
         """Judge a ballot by what `tally` returned, read on the host, and remember it.
 
         Args:
-            products: `(2 V, 2 V)` float64.
+            products: `(2 V, 2 V)` float64, or a row more.
             voters: bool `(V,)`, who has a gradient that is finite and not zero.
             steps: how many steps the ballot is about.
         """
         count = len(voters)
         if len(self.kept) != count:
             self.kept = torch.ones(count, dtype=torch.bool)
-        gramian = products[count:, count:]
+        gramian = products[count : 2 * count, count:]
         found = self._memory.judge(products[:count, :count], gramian, voters, steps)
+        if len(products) > 2 * count:
+            cosines, signal = products[2 * count].view(2, count), products[2 * count + 1, :2]
+            self._reference.weigh(cosines, signal, loss, self.kept)
         good = torch.where(found.z.isnan(), self.kept, found.z <= self.ratio) & ~found.flipped
+        good = self._reference.keep(good, found.z, self.ratio)
         if bool((good & voters).any()):  # else nobody would count
             self.kept = good
         self._moves = (
             found.moves if self._momenta is None or self._momenta.device.type == "cpu" else (found.moves.pin_memory())
         )
-        return Opinion(self.kept, found.z, found.flipped, gramian)
+        evidence = self._reference.evidence
+        return Opinion(self.kept, found.z, found.flipped, gramian, None if evidence is None else evidence.verdict)
 
     def dump(self) -> bytes:
         """Return all of it, at a host sync, as bytes without code."""
         file = io.BytesIO()
         momenta = None if self._momenta is None else self._momenta.cpu()
+        sums = None if self._sums is None else self._sums.cpu()
         held = {"momenta": momenta, "moves": self._moves, "kept": self.kept, "cosines": self._memory.cosines}
-        torch.save(held, file)
+        torch.save({**held, "sums": sums, "evidence": self._reference.dump()}, file)
         return file.getvalue()
 
     def load(self, content: bytes) -> None:
@@ -105,17 +138,23 @@ class Judge:
         except Exception as error:
             raise ValueError(f"memory must be what state_dict() returned, found {content!r:.60}") from error
         self._momenta, self._moves, self.kept = found["momenta"], found["moves"], found["kept"]
-        self._memory.cosines = found["cosines"]
+        self._memory.cosines, self._sums = found["cosines"], found["sums"]
+        self._reference.load(found["evidence"])
 
 
-def _require_sound(momenta: Tensor | None, moves: Tensor | None, kept: Tensor, cosines: Tensor) -> None:
+def _require_sound(
+    momenta: Tensor | None, moves: Tensor | None, kept: Tensor, cosines: Tensor, sums: Tensor | None, evidence: Tensor
+) -> None:
     """Raise ValueError unless these are of V voters each, and finite."""
     count = len(kept)
     sound = kept.dtype == torch.bool and kept.shape == (count,)
     sound &= cosines.dtype == torch.float64 and cosines.dim() == 3 and len(cosines) == 2
     sound &= cosines.shape[1:] in ((count, count), (0, 0)) and bool(cosines.isfinite().all())
-    if momenta is not None:
-        sound &= momenta.dtype == torch.float32 and momenta.dim() == 2 and len(momenta) in (count, 0)
+    sound &= evidence.dtype == torch.float64 and evidence.shape in ((7, count), (7, 0))
+    sound &= bool(evidence.isfinite().all())
+    for each in (momenta, sums):
+        if each is not None:
+            sound &= each.dtype == torch.float32 and each.dim() == 2 and len(each) in (count, 0)
     if moves is not None:
         sound &= moves.dtype == torch.float64 and moves.shape == (count, count) and bool(moves.isfinite().all())
     if not sound:

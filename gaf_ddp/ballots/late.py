@@ -24,13 +24,16 @@ from gaf_ddp.ballots.count import Sent
 from gaf_ddp.ballots.opened import OpenBallot
 from gaf_ddp.ballots.places import Places
 from gaf_ddp.ballots.post import Post
+from gaf_ddp.ballots.references import References
 from gaf_ddp.ballots.replica import Replica
 from gaf_ddp.ballots.share import Share
 from gaf_ddp.ballots.verdict import Verdict, draw, watch
 from gaf_ddp.ballots.voters import Voters
 from gaf_ddp.checks.ballots import BallotChecks
-from gaf_ddp.kernels.fold import Spans
+from gaf_ddp.engines.apart import Loss, gradient_of
+from gaf_ddp.kernels.fold import Spans, fold
 from gaf_ddp.monitor.records import Decision
+from gaf_ddp.rules.reference import TEMPERATURES
 from gaf_ddp.runtime.errors import named
 
 if TYPE_CHECKING:
@@ -73,9 +76,9 @@ class LateFilter:
         self._latest = -1  # the index of the last bucket
         self._judge_every = every or state.judge_every
         self._every = self._judge_every or 1  # steps of a ballot
-        self.checks = BallotChecks(
-            state.check_every, state.sketch_size, self._hosts, in_buckets and self._replica is None
-        )
+        self.references = References()
+        sees_sums = in_buckets and self._replica is None
+        self.checks = BallotChecks(state.check_every, state.sketch_size, self._hosts, sees_sums)
         self._begin_ballot()
         self.recall()
 
@@ -93,9 +96,7 @@ class LateFilter:
         if self.share.begin_step():
             self._drop_check()
         self.is_open = True
-        self.checks.begin_step(
-            self._state.step, self.ballot.steps == 0, self._every, self.places.parameters, self.device
-        )
+        self.checks.begin_step(self._state.step, self.ballot.steps == 0, self._every, self.parameters, self.device)
 
     def weigh(self, gradient: Tensor, parameters: Sequence[Tensor], count: int | None = None) -> tuple[Tensor, Spans]:
         """Fold a bucket's gradient `(N,)` into the ballot, and scale it by this rank's share, in place.
@@ -116,6 +117,16 @@ class LateFilter:
         if self.ballot.steps >= self._every:
             self._send()
 
+    def fold(self, gradient: Tensor, parameters: Sequence[Tensor], count: int | None = None) -> Tensor:
+        """Return the sketch `(k,)` of a gradient `(N,)` of parameters whose training gradients came before."""
+        return fold(gradient, self.places.spans(parameters, count)[1], self._state.sketch_size)[0]
+
+    def read(self, loss: Loss) -> None:
+        """Fold the two gradients of a loss on held-out data, apart from training, for a later ballot."""
+        model = None if self._state._model is None else self._state._model.wrapped
+        readings = [gradient_of(loss, t, self.parameters, model, self.device) for t in TEMPERATURES]
+        self.references.put(torch.stack([self.fold(each, self.parameters) for each in readings]))
+
     def end(self) -> None:
         """End a step, and send the ballot if it is full."""
         self.vote()
@@ -125,6 +136,11 @@ class LateFilter:
         """End a step whose ballot is sent."""
         self.is_open = False
         self._state._end_step()
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The parameters whose gradients came, in the order of their places."""
+        return self.places.parameters
 
     def end_if_open(self) -> None:
         """End a step whose last bucket never came."""
@@ -146,12 +162,13 @@ class LateFilter:
             numbers = read(held, len(sent.keys))
             require_alike(shared(self._state), numbers.settings, self.group.rank())
             require_one_replica(numbers.unlike)
+            self.references.require(numbers)
             self.checks.require(numbers, sent.step)
         verdict = self._verdict(sent, products, numbers)
         self.checks.compare(sent, numbers, verdict.guarded)
         self.share.set(verdict.kept)
         self.share.limits.set(sent.keys, verdict.limits)
-        decision = Decision(verdict.agreement, self.places.parameters)
+        decision = Decision(verdict.agreement, self.parameters)
         self._state._records.add_read(sent.step, decision, self._state.max_consecutive_skips)
 
     def _verdict(self, sent: Sent, products: Tensor, numbers: Numbers) -> Verdict:
@@ -184,9 +201,10 @@ class LateFilter:
         finished = self._in_buckets and torch._C._current_graph_task_id() == -1
         if check is not None and not state.watch and counted[self.group.rank()]:
             check.guard(list(map(torch.stack, squares.values())), self.share.limits.held(squares))
-        told = Told(finished, fingerprints(shared(state)), self.checks.hash, self.checks.off)
-        self._post.send(self.ballot, told, check, counted)
+        sketch = self.references.append_to(self.ballot.sketch)
+        told = finished, fingerprints(shared(state)), self.checks.hash, self.checks.off, self.references.is_waiting
+        self._post.send(self.ballot, sketch, Told(*told), check, counted)
         if self._judge_every is None:
-            gradient = sum(each.numel() * each.element_size() for each in self.places.parameters)
+            gradient = sum(each.numel() * each.element_size() for each in self.parameters)
             self._every = affordable(self.group.size(), state.sketch_size, gradient)
         self._begin_ballot()

@@ -24,7 +24,7 @@ class Limits:
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, asks: bool = True) -> None:
         self._group, self._device, self._asks = group, device, asks
-        self._on_host: dict[Key, float] = {}
+        self._on_host: dict[Key, Tensor] = {}  # (W,), of all ranks
         self._on_device: dict[Key, Tensor] = {}
 
     def of(self, key: Key, square: Tensor, ratio: float | None) -> Tensor:
@@ -49,10 +49,12 @@ class Limits:
         return [self._on_device[key] for key in keys]
 
     def known(self, keys: Sequence[Key]) -> Tensor:
-        """Return the limits `(buckets,)` on the host; inf where no verdict said any."""
-        return torch.tensor([self._on_host.get(key, math.inf) for key in keys], dtype=torch.float64)
+        """Return all ranks' limits `(W, buckets)` on the host; inf where no verdict said any."""
+        unknown = torch.full((self._group.size(),), math.inf, dtype=torch.float64)
+        return torch.stack([self._on_host.get(key, unknown) for key in keys], 1)
 
     def set(self, keys: Sequence[Key], longest: Tensor) -> None:
-        """Take over a verdict's limits `(buckets,)`, which are on the host; nobody waits for the device."""
-        self._on_host |= zip(keys, longest.tolist(), strict=True)
-        self._on_device |= zip(keys, to_device(longest, self._device).unbind(), strict=True)
+        """Take over a verdict's limits `(W, buckets)`, which are on the host; nobody waits for the device."""
+        self._on_host |= zip(keys, longest.unbind(1), strict=True)
+        own = longest[self._group.rank()]
+        self._on_device |= zip(keys, to_device(own, self._device).unbind(), strict=True)

@@ -11,6 +11,7 @@ from gaf_ddp.alike import as_text, shared
 from gaf_ddp.ballots.ballot import Told, pack
 from gaf_ddp.ballots.count import Counting, Sent
 from gaf_ddp.ballots.opened import OpenBallot
+from gaf_ddp.ballots.references import split
 from gaf_ddp.ballots.replica import Replica
 from gaf_ddp.ballots.voters import Voters
 from gaf_ddp.checks.sums import SumCheck
@@ -36,11 +37,12 @@ class Post:
         self._sent: Sent | None = None
         self._waiting: Callable[[], None] | None = None  # sends what is being added up over the replica
 
-    def send(self, ballot: OpenBallot, told: Told, check: SumCheck | None, counted: Tensor) -> None:
+    def send(self, ballot: OpenBallot, sketch: Tensor, told: Told, check: SumCheck | None, counted: Tensor) -> None:
         """Send a ballot that is full to the other ranks, or first to those that hold the rest of this replica.
 
         Args:
             ballot: that is full.
+            sketch: `(k,)`, its own, or `(3 k,)`, behind it those of held-out data.
             told: what it says beside the gradient.
             check: of the averages of its steps, if those are checked.
             counted: bool `(W,)`, who counted in them.
@@ -48,10 +50,10 @@ class Post:
         squares = ballot.summed()
         gather = partial(self._gather, ballot, told, check, counted, self._state.step, squares)
         if self._replica is None:
-            gather(ballot.sketch, squares.sum(), None)
+            gather(sketch, squares.sum(), None)
             return
         words = f"{as_text(shared(self._state))} {counted.tolist()}"
-        added = self._replica.add_up(ballot.sketch, squares.sum(), words)
+        added = self._replica.add_up(sketch, squares.sum(), words)
         self._waiting = lambda: gather(*added.wait())
 
     def forward(self) -> None:
@@ -81,11 +83,12 @@ class Post:
         rows = own.new_empty(self._group.size(), len(own))
         work = all_gather_single(rows.view(-1), own, group=self._group, async_op=True)
 
-        def tally(sketches: Tensor) -> Tensor:
+        def tally(found: Tensor) -> Tensor:
+            sketches, readings = split(found, self._state.sketch_size)
             if check is not None:
                 check.expect(sketches, counted)
             voting, judge = self._voters.mean(sketches), self._state._judge
-            return gram(voting) if judge is None else judge.tally(voting, ballot.steps)
+            return gram(voting) if judge is None else judge.tally(voting, ballot.steps, readings)
 
         counting = Counting(work, own, rows, len(sketch), tally)
         self._sent = Sent(step, ballot.steps, list(ballot.squares), counted, check, counting)

@@ -12,6 +12,7 @@ from gaf_ddp.ballots.judge import Judge
 from gaf_ddp.ballots.voters import Voters
 from gaf_ddp.rules.agreement import Agreement, decide
 from gaf_ddp.rules.consensus import upper_median
+from gaf_ddp.rules.reference import CONDEMNED, REACH, TRUSTED
 from gaf_ddp.rules.weighting import cosine
 
 
@@ -20,7 +21,7 @@ class Verdict(NamedTuple):
 
     Attributes:
         kept: bool `(W,)`, who counts.
-        limits: `(buckets,)` float64, the longest norm of each bucket's gradient.
+        limits: `(W, buckets)` float64, the longest norm of each bucket's gradient.
         agreement: the record of what the ballots said.
         guarded: whether a rank that counted in these steps was shortened, or left out of a bucket.
     """
@@ -50,18 +51,20 @@ def draw(
         voters: who votes together.
         steps: how many steps the ballots are about.
         ratio: longest norm, in upper medians of those who count; None for no limit.
-        limits: `(buckets,)`, that held in these steps, and hold on where nobody had a gradient.
+        limits: `(W, buckets)`, that held in these steps, and hold on where nobody had a gradient.
         counted: bool `(W,)`, who counted in them.
     """
     squares = numbers.squares / steps
     total = numbers.total
     nonfinite = ~total.isfinite()
     present = ~nonfinite & (total > 0)
-    found = judge.judge(products, voters.any_of(present), steps)
+    losses = numbers.loss[numbers.loss.isfinite()]
+    found = judge.judge(products, voters.any_of(present), steps, float(losses.mean()) if len(losses) else math.nan)
     kept = voters.spread(found.kept)
     counting = kept & present
     norms = squares.sqrt()
     gramian = voters.spread(found.gramian)
+    verdict = None if found.verdict is None else voters.spread(found.verdict)
     agreement = Agreement(
         gramian=gramian,
         cosine=cosine(torch.where(present[:, None] & present[None, :], gramian, 0)),
@@ -73,10 +76,15 @@ def draw(
         overlong=present & (norms > limits).any(1),
         distance=voters.spread(found.z),
         flipped=voters.spread(found.flipped),
+        trusted=None if verdict is None else verdict == TRUSTED,
+        condemned=None if verdict is None else verdict == CONDEMNED,
         finished=numbers.finished != 0,
     )
     median = upper_median(norms, counting[:, None] & (norms > 0))
-    longest = torch.where(median < math.inf, (math.inf if ratio is None else ratio) * median, limits)
+    reach = torch.full((len(kept), 1), math.inf if ratio is None else ratio, dtype=torch.float64)
+    if agreement.trusted is not None:
+        reach[agreement.trusted] = reach[agreement.trusted].clamp(max=REACH)
+    longest = torch.where(median < math.inf, reach * median, limits)
     alike = norms.isfinite() & (norms <= limits) & ((norms > 0) | (norms == 0).all(0))
     return Verdict(kept, longest, agreement, guarded=not bool(alike[counted].all()))
 
@@ -90,4 +98,4 @@ def watch(weighting: Callable[[Tensor], Tensor], products: Tensor, numbers: Numb
     gramian.diagonal()[~total.isfinite()] = math.nan
     agreement = decide(gramian, weighting, ratio)
     everyone = torch.ones_like(agreement.kept)
-    return Verdict(everyone, torch.full_like(numbers.squares[0], math.inf), agreement, guarded=False)
+    return Verdict(everyone, torch.full_like(numbers.squares, math.inf), agreement, guarded=False)

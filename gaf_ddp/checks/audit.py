@@ -5,7 +5,7 @@ Between different batches nobody can tell a device that computes a little wrong;
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gaf_ddp.checks.replicas import gathered, group_of, majority
+from gaf_ddp.engines.apart import apart
 from gaf_ddp.kernels.hash import hash_bits
 from gaf_ddp.monitor.reports import AuditReport, RankAudit
 from gaf_ddp.runtime.collectives import all_gather_text
@@ -37,7 +38,7 @@ def audit(
     Args:
         model: under DDP, or another with the same parameters on every rank; on one device.
         step: computes the loss of a batch through the model, as in training, but without backward. Checkpoints in
-            it must have `use_reentrant=False`. With DDP's static_graph not before the first step of training.
+            it must have `use_reentrant=False`.
         batch: what step is called with, on the model's device; of rank 0 everywhere.
         group: None is DDP's own, or the default group.
 
@@ -85,32 +86,15 @@ def _require_done(failure: Exception | None, group: dist.ProcessGroup, device: t
 
 @contextmanager
 def _as_on_first(model: nn.Module, group: dist.ProcessGroup, device: torch.device) -> Iterator[None]:
-    """Lend every rank the first one's buffers and random state, and keep DDP from all communication."""
-    buffers = list(model.buffers())
-    kept = [buffer.clone() for buffer in buffers]
-    module: Any = None if device.type == "cpu" else torch.get_device_module(device)
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng([] if module is None else [device], device_type=_type(device)))
-        for buffer in buffers:
+    """Lend every rank the first one's buffers and random state, apart from training."""
+    with apart(model, device):
+        for buffer in model.buffers():
             dist.broadcast(buffer, group=group, group_src=0)
         torch.set_rng_state(_broadcast(torch.get_rng_state(), group, device))
-        if module is not None:
+        if device.type != "cpu":
+            module: Any = torch.get_device_module(device)
             module.set_rng_state(_broadcast(module.get_rng_state(device), group, device), device)
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            stack.callback(setattr, model, "require_forward_param_sync", model.require_forward_param_sync)
-            stack.enter_context(model.no_sync())
-            model.require_forward_param_sync = False  # it would broadcast buffers
-        try:
-            with torch.enable_grad():
-                yield
-        finally:
-            with torch.no_grad():
-                for buffer, before in zip(buffers, kept, strict=True):
-                    buffer.copy_(before)
-
-
-def _type(device: torch.device) -> str:
-    return "cuda" if device.type == "cpu" else device.type
+        yield
 
 
 def _broadcast(state: Tensor, group: dist.ProcessGroup, device: torch.device) -> Tensor:

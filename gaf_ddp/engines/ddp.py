@@ -24,10 +24,15 @@ class Model:
         self.leaves_out_buckets: bool | None = getattr(found, "skip_all_reduce_unused_params", None)
         self._known: set[tuple[int, ...]] = set()
 
+    @property
+    def wrapped(self) -> DistributedDataParallel | None:
+        """The model, if it was found and still lives."""
+        return None if self._model is None else self._model()
+
     def require_own(self, parameters: Sequence[Tensor]) -> None:
         """Raise ValueError if these are another model's parameters."""
         key = tuple(map(id, parameters))
-        model = None if self._model is None else self._model()
+        model = self.wrapped
         if model is not None and model.process_group is not self.process_group:
             raise ValueError("process_group of the model was changed while training: make a new GAFState, and model")
         if key in self._known or model is None:

@@ -78,7 +78,7 @@ def filter_fsdp(model: nn.Module, state: GAFState) -> GAFState:
     tensor_group = tensor_group_of((each for unit in units for each in unit.parameters), units[0].ranks)
     require_replica(state.replica_group, tensor_group)
     warn_if_alone(state, group, stacklevel=2)
-    way = OneStepLate(state, units, group, tensor_group) if state._is_late else AtOnce(state, units, group)
+    way = OneStepLate(state, units, group, model, tensor_group) if state._is_late else AtOnce(state, units, group)
     for unit in units:
         unit.set_reduce_scatter(_ReduceScatter(way, unit))
         if group.size() == 1:
@@ -109,6 +109,10 @@ class _ReduceScatter:
         """Write the average of the gradients `(N,)` that agree into output, `(N/W,)`; overwrites input."""
         native = partial(self._native, output_tensor, input_tensor, group=group, op=op, async_op=async_op)
         if isinstance(self._way, OneStepLate):
+            if self._way.is_reading:
+                self._way.fold_reading(self._unit, input_tensor)
+                output_tensor.zero_()
+                return None
             share = self._way.judge_unit(self._unit, input_tensor)
             work = native()
             if work is not None:

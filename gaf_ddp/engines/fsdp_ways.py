@@ -5,20 +5,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from gaf_ddp.alike import Fingerprints, as_text, shared
 from gaf_ddp.ballots.late import LateFilter
 from gaf_ddp.connect import meet
+from gaf_ddp.engines.apart import Loss, apart, require_loss
 from gaf_ddp.engines.fsdp_units import Unit, current_backward
 from gaf_ddp.exchange.gather import GatherExchange
-from gaf_ddp.exchange.lanes import at_end_of_backward
 from gaf_ddp.exchange.protocol import Exchange
 from gaf_ddp.exchange.sharded import ShardedExchange
 from gaf_ddp.exchange.sketched import SketchExchange
-from gaf_ddp.kernels.gram import Rows, gram
+from gaf_ddp.kernels.gram import gram
 from gaf_ddp.monitor.records import Decision
 from gaf_ddp.rules.agreement import decide
+from gaf_ddp.rules.reference import TEMPERATURES
+from gaf_ddp.runtime.backward import at_end_of_backward
 from gaf_ddp.runtime.errors import named
 from gaf_ddp.settings import require
 
@@ -34,14 +36,16 @@ class OneStepLate:
         state: "GAFState",
         units: list[Unit],
         group: dist.ProcessGroup,
-        tensor_group: dist.ProcessGroup | None = None,
+        model: nn.Module,
+        tensor_group: dist.ProcessGroup | None,
     ) -> None:
-        self.group, self._tensor_group = group, tensor_group
+        self.group, self._model, self._tensor_group = group, model, tensor_group
         self._state, self._units = state, units
         self._late: LateFilter | None = None
         self._seen: set[Unit] = set()  # in this step
         self._backward = -1  # at whose end the step may end
         self._stream: Any = None  # torch's own for reduce-scatters
+        self._reading: Tensor | None = None  # (k,), while held-out data are read
 
     def judge_unit(self, unit: Unit, gradient: Tensor) -> Tensor:
         """Fold and scale one unit's gradient `(N,)`; return this rank's share `(2,)`."""
@@ -64,6 +68,38 @@ class OneStepLate:
         if self.group.size() > 1:
             dist.all_reduce(share, group=self.group)
         return share / self.group.size()
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether gradients are those of held-out data, to be folded alone."""
+        return self._reading is not None
+
+    def fold_reading(self, unit: Unit, gradient: Tensor) -> None:
+        """Add one unit's gradient `(N,)` of held-out data to the reading."""
+        assert self._reading is not None
+        assert self._late is not None
+        self._reading += self._late.fold(gradient, unit.parameters, gradient.numel())
+
+    def read(self, loss: Loss) -> None:
+        """Fold the two gradients of a loss on held-out data, apart from training, for a later ballot."""
+        late = self._late
+        if late is None:
+            return
+        readings = []
+        for temperature in TEMPERATURES:
+            self._reading = torch.zeros(self._state.sketch_size, device=late.device)
+            kept = [(parameter, parameter.grad) for parameter in self._model.parameters()]
+            try:
+                with apart(self._model, late.device):
+                    for parameter, _ in kept:
+                        parameter.grad = None
+                    require_loss(loss(temperature)).backward()
+                readings.append(self._reading)
+            finally:
+                self._reading = None
+                for parameter, gradient in kept:
+                    parameter.grad = gradient
+        late.references.put(torch.stack(readings))
 
     def draw(self) -> None:
         """Wait for the ballots that were sent."""
@@ -114,7 +150,7 @@ class AtOnce:
         self._backward = -1  # the one that the step is
         self._stream: Any = None  # torch's own for reduce-scatters
 
-    def judge_unit(self, unit: Unit, gradient: Tensor) -> tuple[Rows, Tensor]:
+    def judge_unit(self, unit: Unit, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows, and the weights `(W,)` in the unit of ranks that count 1/W each, of one unit's gradient."""
         state = self._state
         self._begin(current_backward())
@@ -124,7 +160,7 @@ class AtOnce:
                 meet(state, self.group, gradient.device)
                 self._fingerprints = Fingerprints(self.group, gradient.device)
             weighting, settings = state._weighting_now(), as_text(shared(state))
-            rows = self._exchange.scatter(gradient)()
+            rows = self._exchange.scatter(gradient)
             summed = self._exchange.sum(torch.cat([gram(rows), self._fingerprints.own(settings)]))
             self._fingerprints.require_same(settings, summed[self.size :])
             agreement = decide(summed[: self.size], weighting, state.max_norm_ratio)

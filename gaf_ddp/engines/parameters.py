@@ -145,6 +145,10 @@ class _Parameters:
             self._late.end()
         self._state._awaits_hook = not self._seen
 
+    def read(self, loss: object) -> None:
+        """Refuse held-out data: the engine may hold what its gradient would need, and hooks would take it for ours."""
+        raise RuntimeError("reference is for gaf_hook and filter_fsdp: filter_parameters cannot read held-out data")
+
     def draw(self) -> None:
         """Wait for the ballots that were sent."""
         self._late.draw()

@@ -1,13 +1,10 @@
 """The plain reading of the method: all-gather every bucket."""
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gaf_ddp.kernels.gram import Rows, combine
+from gaf_ddp.kernels.gram import combine
 from gaf_ddp.runtime.collectives import all_gather_single, all_reduce_gramian
 
 
@@ -22,11 +19,8 @@ class GatherExchange:
         self._group = group
         self._wire_dtype = wire_dtype
 
-    def scatter(self, bucket: Tensor) -> Callable[[], Tensor]:
-        """Return a function that all-gathers every rank's whole bucket, rows `(W, N)`."""
-        return partial(self._all_gather, bucket)
-
-    def _all_gather(self, bucket: Tensor) -> Tensor:
+    def scatter(self, bucket: Tensor) -> Tensor:
+        """All-gather every rank's whole bucket, rows `(W, N)`."""
         sent = bucket if self._wire_dtype is None else bucket.to(self._wire_dtype)
         rows = sent.new_empty(self._group.size(), sent.numel())
         all_gather_single(rows.view(-1), sent, group=self._group)
@@ -38,7 +32,7 @@ class GatherExchange:
             measured[: self._group.size()] = 0
         return all_reduce_gramian(measured, self._group)
 
-    def gather(self, rows: Rows, weights: Tensor, bucket: Tensor) -> None:
+    def gather(self, rows: Tensor, weights: Tensor, bucket: Tensor) -> None:
         """All-reduce this rank's weighted bucket into bucket `(N,)`; a left-out rank adds zeros."""
         own = slice(self._group.rank(), self._group.rank() + 1)
         wide = torch.promote_types(bucket.dtype, torch.float32)  # sums stay in float32 for half precision too

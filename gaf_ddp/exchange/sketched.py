@@ -1,18 +1,13 @@
 """The exchange that judges sketches and leaves the gradients to the library's own all-reduce."""
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gaf_ddp.exchange.point_to_point import SKETCH, sum_small, swap
 from gaf_ddp.exchange.sharded import ShardedExchange
 from gaf_ddp.kernels.fold import fold, whole
-from gaf_ddp.kernels.gram import Rows, combine
+from gaf_ddp.kernels.gram import combine
 from gaf_ddp.runtime.collectives import all_gather_single, all_reduce_gramian
-from gaf_ddp.runtime.device import on_host
 
 _MOST_GATHERED = 2**18  # bytes of sketches that a rank receives for each bucket
 
@@ -33,48 +28,24 @@ class SketchExchange:
         group: the W ranks.
         size: k.
         wire_dtype: dtype the scaled buckets are all-reduced in; None is the bucket's.
-        small_messages: on the CPU, a group of the same ranks whose connections sketches have to themselves.
     """
 
-    def __init__(
-        self,
-        group: dist.ProcessGroup,
-        size: int,
-        wire_dtype: torch.dtype | None = None,
-        small_messages: dist.ProcessGroup | None = None,
-    ) -> None:
+    def __init__(self, group: dist.ProcessGroup, size: int, wire_dtype: torch.dtype | None = None) -> None:
         self._group = group
         self._size = size
         self._wire_dtype = wire_dtype
-        self._small_messages = small_messages
-        self._slices = ShardedExchange(small_messages or group)
+        self._slices = ShardedExchange(group)
 
     @property
     def whole(self) -> bool:
         """Whether every rank has the whole sketches of all ranks."""
         return 4 * self._size * (self._group.size() - 1) <= _MOST_GATHERED
 
-    def scatter(self, bucket: Tensor) -> Callable[[], Tensor]:
-        """Return a function that waits for rows `(W, k)`; on the CPU fold at once, while the bucket is warm."""
-        if self._small_messages is None:
-            return partial(self._collect, bucket)
+    def scatter(self, bucket: Tensor) -> Tensor:
+        """All-gather sketches, rows `(W, k)`, or exchange slices of them."""
         sketch = as_long_as(*fold(bucket, whole(len(bucket)), self._size))
         if not self.whole:
             return self._slices.scatter(sketch)
-        rows = sketch.new_empty(self._group.size(), self._size)
-        rows[self._group.rank()] = sketch
-        finish = swap(self._small_messages, [sketch] * len(rows), rows.unbind(), SKETCH)
-
-        def wait() -> Tensor:
-            finish()
-            return rows
-
-        return wait
-
-    def _collect(self, bucket: Tensor) -> Tensor:
-        sketch = as_long_as(*fold(bucket, whole(len(bucket)), self._size))
-        if not self.whole:
-            return self._slices.scatter(sketch)()
         rows = sketch.new_empty(self._group.size(), self._size)
         all_gather_single(rows.view(-1), sketch, group=self._group)
         return rows
@@ -83,27 +54,16 @@ class SketchExchange:
         """Return rank 0's, and every rank's message: each has it all, but unlike machines round unlike."""
         if self.whole and self._group.rank() != 0:
             measured[: self._group.size()] = 0
-        if self._small_messages is None:
-            return all_reduce_gramian(measured, self._group)
-        return sum_small(measured, self._small_messages)
+        return all_reduce_gramian(measured, self._group)
 
-    def gather(self, rows: Rows, weights: Tensor, bucket: Tensor) -> Callable[[], None] | None:
+    def gather(self, rows: Tensor, weights: Tensor, bucket: Tensor) -> None:
         """Scale this rank's bucket `(N,)` by its weight and all-reduce it; a left-out rank adds zeros."""
         rank = self._group.rank()
         share = bucket if self._wire_dtype is None else torch.empty_like(bucket, dtype=self._wire_dtype)
         combine(bucket[None], weights[rank : rank + 1], out=share)
-        work = dist.all_reduce(share, group=self._group, async_op=True)
-        assert work is not None
-
-        def wait() -> None:
-            work.wait()  # on accelerators the stream waits
-            if share is not bucket:
-                bucket.copy_(share)
-
-        if on_host(bucket):
-            return wait
-        wait()
-        return None
+        dist.all_reduce(share, group=self._group)
+        if share is not bucket:
+            bucket.copy_(share)
 
 
 def as_long_as(sketch: Tensor, square: Tensor) -> Tensor:

@@ -1,53 +1,34 @@
-"""A side stream of an accelerator: the device keeps the order, and the host never waits."""
+"""Where the hook's work is done: on the CPU in the hook's own call, on an accelerator on a side stream."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
-from gaf_ddp.exchange.gather import GatherExchange
-from gaf_ddp.exchange.protocol import Exchange
-from gaf_ddp.exchange.sharded import ShardedExchange
-from gaf_ddp.exchange.sketched import SketchExchange
 
-Promise = Future[Tensor]
+class SideStream:
+    """A stream beside backward's: the device keeps the order, and the host never waits. On the CPU there is none."""
 
-
-class StreamLane:
-    """A side stream of an accelerator: the work is enqueued inside the hook, on DDP's own group."""
-
-    small_bytes = 65_536  # in all ranks' buckets, up to which latency is a bucket's time (not measured yet)
-
-    def __init__(
-        self, parent: dist.ProcessGroup, device: torch.device, wire_dtype: torch.dtype | None, sketch_size: int
-    ) -> None:
-        self.group = self.small_messages = parent
-        self.gather: Exchange = GatherExchange(parent, wire_dtype)
-        self.sharded: Exchange = ShardedExchange(parent, wire_dtype)
-        self.sketch = SketchExchange(parent, sketch_size, wire_dtype)
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._module = torch.get_device_module(device)
+        self._module: Any = None if device.type == "cpu" else torch.get_device_module(device)
         # Before what backward has enqueued: each of a bucket's launches would wait behind matrix products.
-        self._stream = self._module.Stream(device, priority=-1)
+        self._stream = None if self._module is None else self._module.Stream(device, priority=-1)
 
-    def promise(self) -> Promise:
+    def future(self) -> Future[Tensor]:
         """Return an empty future that makes whoever waits for it wait for the device, not the host."""
-        return Future(devices=[self._device])
+        return Future(devices=None if self._module is None else [self._device])
 
-    def run(self, work: Callable[[], None], awaited: bool = True) -> None:
-        """Enqueue the work behind everything on the current stream."""
-        self._stream.wait_stream(self._module.current_stream(self._device))
-        with self._module.stream(self._stream), torch.no_grad():
-            work()
-
-    def when_idle(self, work: Callable[[], None]) -> None:
-        """Do nothing: on a stream nothing is left over."""
-
-    def wait(self) -> None:
-        """Return at once: the device waits, and what went wrong was raised in `run`."""
-
-    def result(self, promise: Promise) -> Promise:
-        """Return the promise."""
-        return promise
+    @contextmanager
+    def behind_backward(self) -> Iterator[None]:
+        """Enqueue what is done inside behind everything on the current stream; autograd records nothing."""
+        with torch.no_grad():
+            if self._stream is None:
+                yield
+                return
+            self._stream.wait_stream(self._module.current_stream(self._device))
+            with self._module.stream(self._stream):
+                yield

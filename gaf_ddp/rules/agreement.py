@@ -31,6 +31,7 @@ class Agreement:
         distance: `(W,)` float64, distance to the consensus in its members' median distance, z; None beside other
             rules than the consensus, as are the next two.
         flipped: bool `(W,)`, left out since its mirror image would be a member.
+        trusted, condemned: bool `(W,)`, what held-out data says of it; None before the first reading.
         finished: bool `(W,)`, waits for the others in DDP's Join, out of inputs.
     """
 
@@ -44,6 +45,8 @@ class Agreement:
     overlong: Tensor
     distance: Tensor | None = None
     flipped: Tensor | None = None
+    trusted: Tensor | None = None
+    condemned: Tensor | None = None
     finished: Tensor | None = None
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The three exchanges on real groups, against the oracle, with the same bits on every rank."""
+"""The exact exchanges on real groups, against the oracle, with the same bits on every rank."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from gaf_ddp import NeighborhoodAgreement, SequentialAgreement, Weighting, gram
 from gaf_ddp.exchange.gather import GatherExchange
-from gaf_ddp.exchange.point_to_point import PeerExchange
 from gaf_ddp.exchange.sharded import ShardedExchange
 from gaf_ddp.rules.agreement import decide
 from tests import oracle
@@ -20,9 +19,9 @@ from tests.nets import world
 
 Ranks = Callable[..., list[Any]]
 
-Kind = type[GatherExchange] | type[ShardedExchange] | type[PeerExchange]
+Kind = type[GatherExchange] | type[ShardedExchange]
 
-KINDS: list[Kind] = [GatherExchange, ShardedExchange, PeerExchange]
+KINDS: list[Kind] = [GatherExchange, ShardedExchange]
 LENGTHS = [1, 6, 7, 1000, 9999]  # also shorter than the world, and not divisible by it
 
 
@@ -36,23 +35,19 @@ def exchanged(device: torch.device, kind: Kind, case: Case) -> tuple[Tensor, Ten
     """Send this rank's row through the exchange; return the filtered bucket and the Gramian."""
     exchange = kind(world(), case.wire)
     bucket = case.gradients[dist.get_rank()].clone().to(device)
-    rows = exchange.scatter(bucket)()
+    rows = exchange.scatter(bucket)
     assert len(rows) == dist.get_world_size()
     message = torch.zeros(1, len(rows), dtype=torch.float64, device=device)
     message[:, dist.get_rank()] = 2.0**48 - dist.get_rank()
     summed = exchange.sum(torch.cat([gram(rows), message]))
     gramian, messages = summed[:-1], summed[-1]
     assert messages.tolist() == [2.0**48 - rank for rank in range(len(rows))]
-    finish = exchange.gather(rows, decide(gramian, case.weighting, None).weights, bucket)
-    if finish is not None:
-        finish()
+    exchange.gather(rows, decide(gramian, case.weighting, None).weights, bucket)
     return bucket.cpu(), gramian.cpu()
 
 
 def exchange_all(device: torch.device, cases: list[Case]) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    # Peer exchange has no accelerator's counterpart.
-    kinds = KINDS if device.type == "cpu" else KINDS[:2]
-    return {kind.__name__: [exchanged(device, kind, case) for case in cases] for kind in kinds}
+    return {kind.__name__: [exchanged(device, kind, case) for case in cases] for kind in KINDS}
 
 
 def assert_same_bits(outcomes: list[dict[str, list[tuple[Tensor, Tensor]]]]) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 from gaf_ddp import GAFState, gaf_hook
 from gaf_ddp.exchange.gather import GatherExchange
 from gaf_ddp.exchange.pipeline import Pipeline
-from gaf_ddp.exchange.point_to_point import PeerExchange
 from gaf_ddp.exchange.sharded import ShardedExchange
 from gaf_ddp.exchange.sketched import SketchExchange
 from tests.accelerator import take_accelerators_way
@@ -42,7 +41,7 @@ def watch_routes(device: torch.device, as_accelerator: bool) -> list[list[str]]:
 
         kind.scatter = watched  # in a rank's process, which ends with the test
 
-    for kind in (GatherExchange, ShardedExchange, PeerExchange, SketchExchange):
+    for kind in (GatherExchange, ShardedExchange, SketchExchange):
         watch(kind)
     found = []
     for settings in SETTINGS:
@@ -55,18 +54,18 @@ def watch_routes(device: torch.device, as_accelerator: bool) -> list[list[str]]:
     return found
 
 
-def routes(sharded: str, small_in_bucket_scope: str) -> list[list[str]]:
+def routes(small_in_bucket_scope: str) -> list[list[str]]:
     """Return what `watch_routes` should."""
-    gather, shard, sketch = ([name] * 2 for name in ("GatherExchange", sharded, "SketchExchange"))
+    gather, shard, sketch = ([name] * 2 for name in ("GatherExchange", "ShardedExchange", "SketchExchange"))
     exact = [gather, shard, sketch]
-    return [[small_in_bucket_scope, sharded], shard, *exact, *exact]
+    return [[small_in_bucket_scope, "ShardedExchange"], shard, *exact, *exact]
 
 
 def test_on_the_cpu_auto_never_gathers(gloo_ranks: Ranks) -> None:
-    assert gloo_ranks(2, watch_routes, False) == [routes("PeerExchange", "PeerExchange")] * 2
+    assert gloo_ranks(2, watch_routes, False) == [routes("ShardedExchange")] * 2
 
 
-ON_ACCELERATORS = [routes("ShardedExchange", "GatherExchange")] * 2
+ON_ACCELERATORS = [routes("GatherExchange")] * 2
 
 
 def test_on_accelerators_auto_gathers_small_buckets_in_bucket_scope(gloo_ranks: Ranks) -> None:

@@ -130,28 +130,15 @@ def test_rows_may_be_views() -> None:
 
 @every_device
 @every_dtype
-@every_length
-def test_rows_may_be_vectors_where_they_lie(length: int, dtype: torch.dtype, device: str) -> None:
-    for world_size in (1, 2, 3, 9):
-        rows = some_rows(world_size, length, dtype, device)
-        apart = [row.clone() for row in rows]
-        weights = torch.linspace(0, 1, world_size, device=device)
-        lengths = rows.double().norm(dim=1)
-        assert ((gram(apart) - gram(rows)).abs() <= 1e-5 * lengths[:, None] * lengths[None, :]).all()
-        torch.testing.assert_close(combine(apart, weights), combine(rows, weights))
-
-
-@every_device
-@every_dtype
 def test_combine_may_write_over_one_of_the_rows(dtype: torch.dtype, device: str) -> None:
     weightings = [[0.2, 0.3, 0.5, 0.4], [0.5, 0.0, 0.5, 0.0], [0.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
     for length in (5, 300_001):
         for weights in weightings:
             for rank in range(4):
-                rows = list(some_rows(4, length, dtype, device))
+                rows = some_rows(4, length, dtype, device)
                 expected = combine(rows, torch.tensor(weights, device=device))
                 found = combine(rows, torch.tensor(weights, device=device), out=rows[rank])
-                assert found is rows[rank]
+                assert found.data_ptr() == rows[rank].data_ptr()
                 torch.testing.assert_close(found, expected)
 
 
@@ -186,24 +173,6 @@ def test_refuses_what_is_no_matrix(rows: Tensor) -> None:
         with pytest.raises(ValueError, match=r"rows must be a floating point matrix \(W, n\), found") as error:
             call(rows)
         assert f"{tuple(rows.shape)} of {rows.dtype}" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "rows",
-    [
-        [],
-        [torch.ones(3), torch.ones(4)],
-        [torch.ones(3), torch.ones(3, dtype=torch.float64)],
-        [torch.ones(3, dtype=torch.int64)] * 2,
-        [torch.ones(1, 3)] * 2,
-    ],
-)
-def test_refuses_vectors_that_do_not_go_together(rows: list[Tensor]) -> None:
-    for call in (gram, lambda rows: combine(rows, torch.ones(2))):
-        message = "rows must be floating point vectors of one length, dtype and device, found "
-        with pytest.raises(ValueError, match=message) as error:
-            call(rows)
-        assert str(error.value).endswith("none") if not rows else str(tuple(rows[0].shape)) in str(error.value)
 
 
 def test_refuses_weights_and_out_that_do_not_fit() -> None:

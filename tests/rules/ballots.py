@@ -43,9 +43,9 @@ class ByJudge:
     def __init__(self, world_size: int, ratio: float = 3.0) -> None:
         self.judge, self._voters = Judge(ratio, MOMENTUM), Voters(list(range(world_size)))
 
-    def step(self, gradients: Tensor, steps: int = 1) -> Opinion:
-        """Judge the gradients `(W, n)` of a ballot."""
-        products = self.judge.tally(self._voters.mean(gradients.float()), steps)
+    def step(self, gradients: Tensor, steps: int = 1, shares: Tensor | None = None) -> Opinion:
+        """Judge the gradients `(W, n)` of a ballot, which may have shares `(W, 2, n)` of held-out data's."""
+        products = self.judge.tally(self._voters.mean(gradients.float()), steps, shares)
         return self.judge.judge(products, voting(gradients), steps)
 
     def kept(self, gradients: Tensor, rank: int) -> list[bool]:

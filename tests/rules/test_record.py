@@ -114,6 +114,8 @@ def test_the_record_is_complete() -> None:
         "overlong": (torch.bool, (4,)),
         "distance": None,  # the consensus rule's
         "flipped": None,
+        "trusted": None,
+        "condemned": None,
         "finished": None,  # of ballots
     }
     stacked = Agreement.stack([found, found])

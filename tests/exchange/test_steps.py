@@ -1,11 +1,10 @@
-"""The lanes under DDP: many buckets in order, clean ends, and groups that come and go."""
+"""Steps under DDP: many buckets in order, clean ends, and groups that come and go."""
 
-import gc
 import os
 import random
+import re
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gaf_ddp import GAFState, gaf_hook
-from gaf_ddp.exchange.lanes import open_lane
-from gaf_ddp.exchange.point_to_point import PeerExchange
 from tests.marks import job_but
-from tests.nets import assert_replicas_equal, batches, ddp, mlp, world
+from tests.nets import assert_replicas_equal, batches, ddp, mlp
 from tools.ranks import RankError
 
 Ranks = Callable[..., list[Any]]
@@ -96,28 +93,20 @@ def new_default_group(store: Path) -> None:
     dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world_size)
 
 
-def train_in_two_groups(device: torch.device, folder: Path, scope: str) -> dict[str, Any]:
-    """Train, destroy the group, make another in the same process, and go on with the same state."""
+def train_in_two_groups(device: torch.device, folder: Path, scope: str) -> int:
+    """Train, destroy the group, make another in the same process, and go on with the same state; return its steps."""
     state, module = make_state(scope), mlp()
     train(module, state, device, 3)
-    first = [thread for thread in threading.enumerate() if thread.name.startswith("gaf_ddp")]
     new_default_group(folder / "second")
     train(module, state, device, 3)
-    gc.collect()
-    for thread in first:
-        thread.join(10)
-    threads = [thread for thread in threading.enumerate() if thread.name.startswith("gaf_ddp")]
     dist.destroy_process_group()
-    return {"steps": state.step, "threads before": len(first), "threads now": len(threads)}
+    return state.step
 
 
 @every_scope
 def test_the_state_goes_on_in_a_new_group(ranks: Ranks, tmp_path: Path, scope: str) -> None:
     # That the group can be destroyed and the processes exit with code 0 is what every test with ranks asserts.
-    for found in ranks(2, train_in_two_groups, tmp_path, scope):
-        assert found["steps"] == 6
-        assert found["threads before"] == found["threads now"]  # none is left behind
-        assert found["threads now"] <= 1
+    assert ranks(2, train_in_two_groups, tmp_path, scope) == [6, 6]
 
 
 class BackwardError(Exception):
@@ -151,78 +140,6 @@ def test_a_step_broken_off_leaves_nothing_behind(gloo_ranks: Ranks, tmp_path: Pa
         assert decided == parameters
 
 
-def run_unawaited(device: torch.device) -> None:
-    """Let only the promise wait for the work, and find its error where DDP waits and in the next step."""
-    lane = open_lane(world(), device, None, 64)
-    gate, promise = threading.Event(), lane.promise()
-
-    def fill() -> None:
-        gate.wait(20)
-        promise.set_result(torch.ones(1))
-
-    lane.run(fill, awaited=False)
-    assert not promise.done()
-    gate.set()
-    assert lane.result(promise).wait().item() == 1
-
-    def fail() -> None:
-        raise LookupError("nothing arrived")
-
-    unfilled = lane.promise()
-    lane.run(fail, awaited=False)
-    with pytest.raises(RuntimeError, match="LookupError: nothing arrived"):
-        lane.result(unfilled).wait()
-    with pytest.raises(LookupError, match="nothing arrived"):
-        lane.promise()
-
-
-def test_what_is_not_awaited_holds_up_only_its_promise(gloo_ranks: Ranks) -> None:
-    gloo_ranks(1, run_unawaited)
-
-
-def watch_copies(device: torch.device, scope: str) -> list[bool]:
-    """Return for each step of many buckets whether DDP copied the first result before the last one was there."""
-    model = ddp(nn.Sequential(*(nn.Linear(30, 30, bias=False) for _ in range(4))), device, bucket_cap_mb=0.001)
-    firsts: list[Any] = []  # the first bucket's parameter and buffer, for each bucket of the step that was sent back
-    copied: list[bool] = []
-
-    def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations other than its own
-        if bucket.index() == 0:
-            firsts[:] = [(bucket.parameters()[0], bucket.buffer())]
-        return gaf_hook(state, bucket)
-
-    def gather_the_last_one_late(exchange: PeerExchange, *args: Any) -> Callable[[], None]:
-        finish: Callable[[], None] = gather(exchange, *args)
-        firsts.append(firsts[0])
-        if len(firsts) <= 4:  # DDP's first step has one bucket
-            return finish
-
-        def finish_late() -> None:
-            parameter, buffer = firsts[0]
-            deadline = time.monotonic() + 5
-            while not (done := torch.equal(parameter.grad.flatten(), buffer)) and time.monotonic() < deadline:
-                time.sleep(0.001)
-            copied.append(done)
-            finish()
-
-        return finish_late
-
-    kind: Any = PeerExchange
-    gather, kind.gather = kind.gather, gather_the_last_one_late  # in a rank's process, which ends with the test
-    model.register_comm_hook(GAFState(tau=1.0, scope=scope), hook)  # type: ignore[arg-type]
-    x = torch.randn(3, 30, generator=torch.Generator().manual_seed(dist.get_rank())).to(device)
-    for _ in range(3):
-        model.zero_grad()
-        model(x).square().sum().backward()
-    return copied
-
-
-@pytest.mark.parametrize("scope", ["bucket", "model"])
-def test_ddp_copies_one_result_while_others_are_on_their_way(gloo_ranks: Ranks, scope: str) -> None:
-    for copied in gloo_ranks(2, watch_copies, scope):
-        assert copied == [True, True]
-
-
 def lose_rank_1(device: torch.device) -> None:
     """Let rank 1 end before it ever met the others, who are told so, and in time."""
     model = ddp(mlp(), device)
@@ -243,42 +160,52 @@ def test_a_rank_that_ended_before_the_first_bucket_is_named(gloo_ranks: Ranks) -
 
 
 RAISE = """
-import sys, time
+import sys
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from gaf_ddp import GAFState, gaf_hook
 
-rank, folder = int(sys.argv[1]), sys.argv[2]
+rank, folder, where = int(sys.argv[1]), *sys.argv[2:]
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-module = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9))
-model = DistributedDataParallel(module, bucket_cap_mb=0.0001)
-model.register_comm_hook(GAFState(tau=1.0), gaf_hook)
-for _ in range(2):
-    model(torch.ones(2, 9)).sum().backward()
 
-def fail(p):
+def weighting(gramian):
+    if where == "in the hook" and rank == 1 and state.step == 2:
+        fail()
+    return torch.full((2,), 0.5)
+
+def fail(*_):
     open(f"{folder}/raised", "w").close()
     raise LookupError("not today")
 
-if rank == 0:
-    time.sleep(100)
-module[0].weight.register_post_accumulate_grad_hook(fail)  # the other layer's bucket is on its way by then
+module, state = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9)), GAFState(weighting=weighting)
+model = DistributedDataParallel(module, bucket_cap_mb=0.0001)
+model.register_comm_hook(state, gaf_hook)
+for _ in range(2):
+    model(torch.ones(2, 9)).sum().backward()
+if where == "between buckets" and rank == 1:
+    module[0].weight.register_post_accumulate_grad_hook(fail)
 model(torch.ones(2, 9)).sum().backward()
 """
 
 
 @pytest.mark.job
 @pytest.mark.ranks
-def test_a_rank_that_raised_ends_though_its_lane_waits_for_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["in the hook", "between buckets"])
+def test_a_rank_that_raised_ends_at_once_and_the_other_is_told(tmp_path: Path, where: str) -> None:
     command = [sys.executable, "-c", RAISE]
-    other, raising = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in range(2)]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path), where], stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
     try:
-        assert raising.wait(90) == 1
-        assert time.time() - (tmp_path / "raised").stat().st_mtime < 15
-        assert other.poll() is None
+        told, raised = [process.communicate(timeout=90)[1] for process in ranks]
+        assert [process.returncode for process in ranks] == [1, 1]
+        assert time.time() - (tmp_path / "raised").stat().st_mtime < 15  # of the group's half an hour
+        assert "LookupError: not today" in raised
+        assert re.search(r"RuntimeError: gaf_ddp: step 2, bucket \d: ", told)
     finally:
-        for process in (other, raising):
+        for process in ranks:
             process.kill()
             process.wait()
