@@ -15,6 +15,8 @@ RECIPES = {  # with what they need beside torch, and how many ranks
     "fsdp_tensor_parallel.py": ("torch", 8),
     "diloco.py": ("torch", 4),
     "zero.py": ("deepspeed", 4),
+    "with_lightning.py": ("lightning", 4),
+    "with_transformers.py": ("accelerate", 4),
 }
 
 
@@ -37,6 +39,9 @@ def test_leaves_out_who_is_turned(name: str) -> None:
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170, check=False)
     assert finished.returncode == 0, finished.stderr[-3000:]
     kept = {int(rank): float(share) for rank, share in re.findall(r"'(\d\d)': '([\d.]+)'", finished.stdout)}
-    assert len(kept) == 4, finished.stdout
-    assert kept.pop(1) < 0.5, finished.stdout
-    assert min(kept.values()) > 0.9, finished.stdout
+    if kept:
+        assert len(kept) == 4, finished.stdout
+        assert kept.pop(1) < 0.5, finished.stdout
+        assert min(kept.values()) > 0.9, finished.stdout
+    else:  # a report
+        assert re.search(r"rank 1 .*kept \d\d? %.*out since step", finished.stdout), finished.stdout
