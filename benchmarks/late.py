@@ -29,7 +29,8 @@ def verdict_of(world: int, device: torch.device) -> dict[str, Callable[[], objec
     judge, voters = Judge(ConsensusAgreement().ratio, MOMENTUM), Voters(list(range(world)))
     squares = sketches.double().square().sum(1, keepdim=True)
     none = torch.zeros(world, 2, dtype=torch.float64)
-    numbers = Numbers(squares, none[:, 0], none, none[:, 0], none[:, 0], none[:, 0], none)
+    zero = none[:, 0]
+    numbers = Numbers(squares, zero, none, zero, zero, zero, none, squares.sum(1), zero)
     products, sketches = judge.tally(sketches, 1), sketches.to(device)
     limits, counted = torch.full((world, 1), torch.inf, dtype=torch.float64), torch.ones(world, dtype=torch.bool)
     counts = Judge(ConsensusAgreement().ratio, MOMENTUM)

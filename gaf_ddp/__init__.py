@@ -6,9 +6,11 @@ model.register_comm_hook(GAFState(), gaf_hook)
 """
 
 from gaf_ddp.attach import attach
+from gaf_ddp.average import filter_average
 from gaf_ddp.checks.audit import audit
 from gaf_ddp.checks.replicas import check_replicas
 from gaf_ddp.engines.fsdp import filter_fsdp
+from gaf_ddp.engines.parameters import filter_parameters
 from gaf_ddp.hook import gaf_hook
 from gaf_ddp.kernels.gram import combine, filter_gradients, gram
 from gaf_ddp.microbatch import MicrobatchFilter
@@ -37,8 +39,10 @@ __all__ = [
     "audit",
     "check_replicas",
     "combine",
+    "filter_average",
     "filter_fsdp",
     "filter_gradients",
+    "filter_parameters",
     "gaf_hook",
     "gram",
     "skip_on_disagreement",

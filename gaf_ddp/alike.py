@@ -74,6 +74,14 @@ def require_alike(settings: Mapping[str, object], everyone: Tensor, rank: int) -
         raise ValueError(f"{name} must be the same on every rank, found {found}")
 
 
+def require_one_replica(unlike: Tensor) -> None:
+    """Raise ValueError where ranks of one replica were told unlike things: `(W,)`, on the host, is not 0."""
+    replicas = unlike.nonzero().flatten().tolist()
+    if replicas:
+        rule = "settings, and who counts, must be the same on all ranks of a replica"
+        raise ValueError(f"{rule}, found others within the replicas of ranks {', '.join(map(str, replicas))}")
+
+
 def require_one(numbers: Tensor) -> None:
     """Raise ValueError if the ranks' numbers `(W,)`, on the host, differ: they decided by unlike settings."""
     others = [rank for rank, number in enumerate(numbers.tolist()) if number != numbers[0]]

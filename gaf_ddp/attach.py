@@ -1,38 +1,52 @@
 """attach: one call for a model in DDP or of fully_shard, whatever frameworks wrap around it."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
-from gaf_ddp.engines.fsdp import filter_fsdp
+from gaf_ddp.engines.fsdp import filter_fsdp, voters_of
+from gaf_ddp.engines.fsdp_units import units_of
+from gaf_ddp.engines.mesh import replica_group_of
+from gaf_ddp.engines.parameters import filter_parameters
 from gaf_ddp.hook import gaf_hook
 from gaf_ddp.skip import skip_on_disagreement, unwrapped
 from gaf_ddp.state import GAFState
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 # Submodules by which wrappers hold what they wrap: torch.compile's OptimizedModule, Fabric's _FabricModule.
 _WRAPPED = ("_orig_mod", "_forward_module")
 
 
 def attach(
-    model: nn.Module, optimizer: Optimizer | None = None, *, state: GAFState | None = None, **settings: Any
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    *,
+    state: GAFState | None = None,
+    mesh: "DeviceMesh | None" = None,
+    **settings: Any,
 ) -> GAFState:
     """Let the gradients of a model in DDP, or of fully_shard, be averages of those that agree.
 
         state = attach(DistributedDataParallel(model))
         state = attach(DistributedDataParallel(model), optimizer, tau=0.9)
+        state = attach(model, mesh=mesh)                                    # beside tensor or pipeline parallelism
 
     Call it once, on every rank, after the model is wrapped and before the first backward. Costs nothing by itself;
     `gaf_hook` and `filter_fsdp` say what they send and hold. `state.summary()` warns if no gradient ever came.
 
     Args:
         model: a DistributedDataParallel model, or what torch.compile, Fabric's `setup`, Accelerate's `prepare` or
-            Hugging Face's `trainer.model_wrapped` make of one; or a model of fully_shard (FSDP2).
+            Hugging Face's `trainer.model_wrapped` make of one; or a model of fully_shard (FSDP2) or `replicate`. FSDP1
+            too, with its optimizer (`filter_parameters`).
         optimizer: of this model, also as Accelerate, Fabric or Lightning wrap it: steps on which nothing agrees
             are left out exactly (`skip_on_disagreement`). The consensus rule has none: nothing is added then.
         state: of this model alone; a new one if None.
+        mesh: of all ranks. Its dimensions that are not data parallel are `GAFState.replica_group`.
         **settings: of the new state, see `GAFState`.
 
     Returns:
@@ -41,18 +55,18 @@ def attach(
     Raises:
         TypeError: model, optimizer or state is not what its name says, or there are both state and settings; the
             message says what to use instead.
-        ValueError: state's process group is another than the model's, the optimizer steps over no parameter of the
-            model, or a setting is out of its range.
+        ValueError: state's process group is another than the model's, mesh lacks the model's ranks, or there is a
+            replica_group beside it; the optimizer steps over no parameter of the model, or a setting is out of its
+            range.
         RuntimeError: the model has a communication hook already.
     """
     state = given_or_new(state, settings)
     wrapped = _find(model)
     if optimizer is not None:
         _require_shared(wrapped, unwrapped(optimizer))
-    if isinstance(wrapped, DistributedDataParallel):
-        _register(wrapped, state)
-    else:
-        filter_fsdp(wrapped, state)
+    if mesh is not None:
+        _set_replica(wrapped, state, mesh)
+    _connect(wrapped, state, optimizer)
     state._awaits_hook = True
     if optimizer is not None and can_skip(state):
         skip_on_disagreement(optimizer, state)
@@ -87,8 +101,11 @@ def _find(model: nn.Module) -> nn.Module:
         model = inner
     if isinstance(model, DistributedDataParallel):
         return model
-    from torch.distributed.fsdp import FSDPModule  # takes a second, which a plain import of gaf_ddp should not
+    # It takes a second, which a plain import of gaf_ddp should not.
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
+    if isinstance(model, FullyShardedDataParallel) or _is_replicated(model):
+        return model
     reason = _reason_against(model)
     if reason is None and any(isinstance(module, FSDPModule) for module in model.modules()):
         return model
@@ -106,18 +123,56 @@ def _reason_against(model: nn.Module) -> str | None:
     """Return what to use instead of a wrapper that takes no filter, None if the model is none."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    if type(model).__module__.partition(".")[0] == "deepspeed":
-        return "DeepSpeed reduces gradients itself and takes no hook: use DistributedDataParallel or fully_shard"
-    if not isinstance(model, FullyShardedDataParallel) and hasattr(model, "register_comm_hook"):  # as of `replicate`
-        return "it takes hooks itself: use model.register_comm_hook(GAFState(), gaf_hook)"
+    if type(model).__module__.partition(".")[0] in ("deepspeed", "torchft"):
+        return "use filter_parameters(model.module.parameters(), state), and state.advance() after each optimizer step"
     for name, module in model.named_modules():
         if isinstance(module, FullyShardedDataParallel):
-            return "FSDP1 has no place for a filter: use fully_shard (FSDP2), which attach takes"
+            return f"its {name!r} is in FSDP1: pass that if it is all of the model, else use filter_parameters"
         if isinstance(module, DataParallel):
             return "DataParallel adds gradients in one process: use DistributedDataParallel, a process per device"
         if isinstance(module, DistributedDataParallel):
             return f"its {name!r} is in DistributedDataParallel: pass that, each such part with a state of its own"
     return None
+
+
+def _is_replicated(model: nn.Module) -> bool:
+    """Return whether it is a model of composable `replicate`, which takes a hook as DDP does."""
+    return not isinstance(model, DistributedDataParallel) and hasattr(model, "register_comm_hook")
+
+
+def _connect(model: nn.Module, state: GAFState, optimizer: Optimizer | None) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if isinstance(model, FullyShardedDataParallel):
+        _filter_fsdp1(model, state, optimizer)
+    elif isinstance(model, DistributedDataParallel):
+        _register(model, state)
+    elif _is_replicated(model):
+        model.register_comm_hook(state, gaf_hook)  # type: ignore[operator]
+    else:
+        filter_fsdp(model, state)
+
+
+def _filter_fsdp1(model: Any, state: GAFState, optimizer: Optimizer | None) -> None:
+    if optimizer is None:
+        rule = "optimizer must be that of a model in FSDP1, whose steps end with the optimizer's"
+        raise TypeError(f"{rule}, found None: or use filter_parameters, and state.advance()")
+    if getattr(model, "_inter_node_pg", None) is not None:
+        rule = "model must be sharded over all ranks that it is averaged over, found hybrid shards"
+        raise TypeError(f"{rule}: use filter_parameters with the group of all of them")
+    units: list[Any] = type(model).fsdp_modules(model)
+    flat = [each._handle.flat_param for each in units if each._handle is not None]
+    filter_parameters(flat, state, model.process_group, advance_with=optimizer)
+
+
+def _set_replica(model: Any, state: GAFState, mesh: "DeviceMesh") -> None:
+    """Let the state know which ranks hold the rest of this model."""
+    if state.replica_group is not None:
+        raise ValueError("mesh and replica_group exclude each other, found both")
+    if hasattr(model, "process_group"):  # of DDP and FSDP1
+        state.replica_group = replica_group_of(mesh, model.process_group)
+        return
+    state.replica_group = replica_group_of(mesh, voters_of(state, units_of(model)[0]))
 
 
 def _require_shared(model: nn.Module, optimizer: Optimizer) -> None:

@@ -8,7 +8,8 @@ import torch.distributed as dist
 
 from gaf_ddp.alike import as_text, require_same, shared
 from gaf_ddp.ballots.late import LateFilter
-from gaf_ddp.engines.ddp import Model, require_whole
+from gaf_ddp.engines.ddp import Model
+from gaf_ddp.engines.parts import require_replica, tensor_group_of
 from gaf_ddp.exchange.pipeline import Pipeline
 from gaf_ddp.runtime.device import kernels
 from gaf_ddp.runtime.errors import named
@@ -29,10 +30,11 @@ def connect(state: GAFState, bucket: Any) -> LateFilter | Pipeline:
         raise ValueError("process_group is None and there is no default group: call init_process_group first")
     parameters = bucket.parameters()
     way: LateFilter | Pipeline | None = state._way
+    if way is not None and state._model is None:
+        raise ValueError("state must be of one model alone, found one that filters parameters, or another model")
     if way is None or way.group is not group:
         state._model = Model(parameters)
         state._model.require_group(group)
-        require_whole(parameters)
         warn_if_alone(state, group, stacklevel=3)
         meet(state, group, bucket.buffer().device)
         way = _make(state, bucket, group)
@@ -43,14 +45,16 @@ def connect(state: GAFState, bucket: Any) -> LateFilter | Pipeline:
     return way
 
 
-def meet(state: GAFState, group: dist.ProcessGroup, device: torch.device) -> None:
-    """Compare what ranks were told, in full, at host syncs; from then on it holds.
+def meet(
+    state: GAFState, group: dist.ProcessGroup, device: torch.device, more: dict[str, object] | None = None
+) -> None:
+    """Compare what ranks were told, in full, at host syncs, and more that must be alike; from then on it holds.
 
     Raises:
         ValueError: on every rank: their settings differ.
     """
     # A schedule that raises does so before the others are met: their errors name this rank then.
-    told = {**shared(state), "fused kernels": kernels(device.type) is not None, "step": state.step}
+    told = {**shared(state), "fused kernels": kernels(device.type) is not None, "step": state.step, **(more or {})}
     # Messages name a rank that is not there. And gloo ends a process whose collective meets another one, as DDP's own
     # of a rank without the hook.
     if device.type == "cpu":
@@ -60,6 +64,23 @@ def meet(state: GAFState, group: dist.ProcessGroup, device: torch.device) -> Non
     statistics = state._records.statistics
     statistics.hosts, statistics.speaks = [each["host"] for each in everyone], group.rank() == 0
     state._is_connected = True
+
+
+def group_of(state: GAFState, given: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """Return the group that is given, the state's or the default one, which is the state's from now on.
+
+    Raises:
+        ValueError: there is none, or the state has another.
+    """
+    ours = state.process_group
+    if ours is not None and given is not None and ours.group_name != given.group_name:
+        raise ValueError(f"process_group must be the state's, {ours.group_name!r}, found {given.group_name!r}")
+    group = given or ours or dist.group.WORLD
+    if group is None:
+        raise ValueError("process_group is None and there is no default group: call init_process_group first")
+    if ours is None:
+        state.process_group = group
+    return group
 
 
 def warn_if_alone(state: GAFState, group: dist.ProcessGroup, stacklevel: int) -> None:
@@ -74,9 +95,11 @@ def warn_if_alone(state: GAFState, group: dist.ProcessGroup, stacklevel: int) ->
 
 
 def _make(state: GAFState, bucket: Any, group: dist.ProcessGroup) -> LateFilter | Pipeline:
-    device = bucket.buffer().device
+    device, parameters = bucket.buffer().device, state._model.parameters_or(bucket.parameters())
+    tensor_group = tensor_group_of(parameters)  # whatever DDP's parameters are spread over
+    require_replica(state.replica_group, tensor_group)
     if state._is_late:
-        state._way = LateFilter(state, group, device)
+        state._way = LateFilter(state, group, device, tensor_group=tensor_group)
     else:
         state._way = Pipeline(state, group, device)
     way: LateFilter | Pipeline = state._way

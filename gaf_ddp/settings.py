@@ -26,6 +26,10 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "a torch.distributed.ProcessGroup that this rank is in, or None",
         lambda value: value is None or isinstance(value, dist.ProcessGroup),
     ),
+    "replica_group": (
+        "a torch.distributed.ProcessGroup that this rank is in, or None",
+        lambda value: value is None or isinstance(value, dist.ProcessGroup),
+    ),
     "weighting": ("callable or None", lambda value: value is None or callable(value)),
     "scope": ("'bucket', 'model' or None", lambda value: value is None or value in ("bucket", "model")),
     "exchange": (
@@ -93,6 +97,13 @@ def resolve(ratio: float | None, scope: str | None, exchange: str, voters: str) 
     return "model", "sketch"
 
 
+def require_for_replicas(group: dist.ProcessGroup | None, ratio: float | None, voters: str) -> None:
+    """Raise ValueError for settings that exclude replicas of several ranks."""
+    if group is not None:
+        require(ratio is not None, "replica_group is for the consensus rule: tau and weighting must be None", group)
+        require(voters == "rank", "voters must be 'rank' beside replica_group: a replica is the voter", voters)
+
+
 def consensus_ratio(tau: object, weighting: object) -> float | None:
     """Return the consensus rule's ratio, None for other rules."""
     if tau is None and weighting is None:
@@ -121,15 +132,17 @@ class Settings:
         voters: Literal["rank", "host"] = "rank",
         check_every: int | None = None,
         max_consecutive_skips: int | None = None,
+        replica_group: dist.ProcessGroup | None = None,
     ) -> None:
         require_valid(**{name: value for name, value in locals().items() if name in RULES})
         require(weighting is None or tau is None, "tau and weighting exclude each other: tau must be None", tau)
         self._is_connected = False  # since a model's first bucket
         self._ratio = consensus_ratio(tau, weighting)
-        self.process_group = process_group
+        self.process_group, self.replica_group = process_group, replica_group
         self.tau = tau if tau is None or callable(tau) else require_tau(tau)
         self.weighting = weighting
         self.scope, self.exchange = resolve(self._ratio, scope, exchange, voters)
+        require_for_replicas(replica_group, self._ratio, voters)
         self.start_step, self.wire_dtype = start_step, wire_dtype
         self.max_norm_ratio = None if max_norm_ratio is None else float(max_norm_ratio)
         self.momentum = float(momentum)

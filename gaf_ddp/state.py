@@ -36,6 +36,10 @@ class GAFState(Settings):
         voters: `"rank"`, or `"host"`: all ranks of a host are judged as one.
         check_every: compare, every so many steps, the bits of all ranks' parameters, and each average with what
             ranks voted with. With tau and weighting the parameters alone. Never under FSDP2.
+        replica_group: the ranks that hold the rest of this replica's model: tensor parallel, pipeline. A replica has
+            one vote, and its ranks one verdict, two steps late. `check_every` compares parameters alone then. Guards
+            of a step (`max_norm_ratio`, what is not finite) see a rank's own stage, and all of what tensor
+            parallelism spreads, as DTensors show.
 
     For tau and weighting:
         scope: `"bucket"` (None), one decision per DDP bucket; `"model"`, one per step on the whole gradient (the
@@ -139,6 +143,16 @@ class GAFState(Settings):
         self._catch_up()
         return self._records.statistics.report(self.step, self.max_norm_ratio)
 
+    def advance(self) -> None:
+        """End a step of `filter_parameters`, on every rank: a collective, which nobody waits for now.
+
+        Raises:
+            RuntimeError: the state filters no parameters, or the engine made gradients that no hook saw.
+        """
+        if not hasattr(self._way, "advance"):
+            raise RuntimeError("advance() is for filter_parameters: other ways know by themselves when a step ends")
+        self._way.advance()
+
     def state_dict(self) -> dict[str, Any]:
         """Return what training needs to go on, at a host sync: step, statistics, the consensus rule's memory.
 
@@ -156,7 +170,7 @@ class GAFState(Settings):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return everything but the process group, what hangs on it, and the memory of ranks' gradients."""
-        left: dict[str, Any] = dict.fromkeys(("process_group", "_way", "_model"))
+        left: dict[str, Any] = dict.fromkeys(("process_group", "replica_group", "_way", "_model"))
         return {**self.__dict__, **left, "_is_connected": False, "_judge": self._new_judge(), "_awaits_hook": False}
 
     def _new_judge(self) -> Judge | None:

@@ -160,11 +160,11 @@ def refuses(device: torch.device) -> dict[str, str]:
         "twice": _raised(RuntimeError, lambda: attach(model)),
         "another hook": _raised(RuntimeError, lambda: attach(hooked)),
         "fsdp1": _raised(TypeError, lambda: attach(fsdp1)),
+        "inside fsdp1": _raised(TypeError, lambda: attach(nn.Sequential(fsdp1))),
         "parallel": _raised(TypeError, lambda: attach(DataParallel(nn.Linear(2, 2)))),
         "deepspeed": _raised(TypeError, lambda: attach(engine)),
         "bare": _raised(TypeError, lambda: attach(mlp())),
         "inside": _raised(TypeError, lambda: attach(nn.Sequential(ddp(mlp(), device)))),
-        "composable": _raised(TypeError, lambda: attach(replicate(mlp()))),
         "no module": _raised(TypeError, lambda: attach(3)),  # type: ignore[arg-type]
         "no state": _raised(TypeError, lambda: attach(ddp(mlp(), device), state=3)),  # type: ignore[arg-type]
         "both": _raised(TypeError, lambda: attach(ddp(mlp(), device), state=GAFState(), tau=1.0)),
@@ -176,12 +176,28 @@ def refuses(device: torch.device) -> dict[str, str]:
 
 def hooks_itself(device: torch.device) -> int:
     """What composable `replicate` makes takes the hook as DDP does."""
-    model, state = replicate(mlp()), GAFState()
-    model.register_comm_hook(state, gaf_hook)  # type: ignore[operator]
+    model = replicate(mlp())
+    state = attach(model)
     for inputs, targets in batches(dist.get_rank(), 3):
         nn.functional.cross_entropy(model(inputs), targets).backward()
     assert_replicas_equal(model)
     return state.step
+
+
+def shards_as_fsdp1(device: torch.device) -> None:
+    """FSDP1's steps end with the optimizer's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # FSDP1 is deprecated, and this machine may have no GPU
+        for original in (False, True):
+            model = FullyShardedDataParallel(mlp(), device_id=torch.device("cpu"), use_orig_params=original)
+            optimizer = SGD(model.parameters())
+            state = attach(model, optimizer)
+            for inputs, targets in batches(dist.get_rank(), 3):
+                nn.functional.cross_entropy(model(inputs), targets).backward()
+                optimizer.step()
+            assert state.step == 3
+            assert state.agreement is not None
+            assert state.agreement.kept.all()
 
 
 def lambda_hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
@@ -193,12 +209,12 @@ def lambda_hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[
 REFUSED = {
     "twice": "model must have no communication hook yet, found one: .* attach once",
     "another hook": "model must have no communication hook yet, found one",
-    "fsdp1": "found FullyShardedDataParallel: .*use fully_shard",
+    "fsdp1": r"optimizer must be that of a model in FSDP1.*found None: or use filter_parameters, and state.advance\(\)",
+    "inside fsdp1": r"found Sequential: its '0' is in FSDP1: pass that",
     "parallel": "found DataParallel: .*use DistributedDataParallel, a process per device",
-    "deepspeed": "found DeepSpeedEngine: .*use DistributedDataParallel or fully_shard",
+    "deepspeed": r"DeepSpeedEngine: use filter_parameters\(model.module.parameters\(\), state\), and state.advance\(\)",
     "bare": "found Sequential: wrap it first.*Accelerate's prepare.*trainer.model_wrapped.*MicrobatchFilter",
     "inside": "found Sequential: its '0' is in DistributedDataParallel: pass that",
-    "composable": r"found DDPSequential: it takes hooks itself: use model.register_comm_hook\(GAFState\(\), gaf_hook\)",
     "no module": "model must be a torch.nn.Module, found int",
     "no state": "state must be a GAFState, found int",
     "both": "state and settings exclude each other, found both: tau",
@@ -213,6 +229,7 @@ def on_two_ranks(device: torch.device) -> dict[str, str]:
         check(device)
     if device.type == "cpu":
         shards(device)
+        shards_as_fsdp1(device)
         assert hooks_itself(device) == 3
         return refuses(device)
     return {}

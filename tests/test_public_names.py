@@ -17,18 +17,20 @@ NAMES = {
     "ConsensusAgreement": "(ratio=3.0)",
     "GAFState": "(process_group=None, tau=None, *, weighting=None, scope=None, exchange='auto', start_step=0, "
     "wire_dtype=None, max_norm_ratio=10.0, momentum=0.99, judge_every=None, sketch_size=4096, watch=False, "
-    "voters='rank', check_every=None, max_consecutive_skips=None)",
+    "voters='rank', check_every=None, max_consecutive_skips=None, replica_group=None)",
     "Mean": "()",
     "MicrobatchFilter": "(parameters, tau=1.0, *, running='mean')",
     "NeighborhoodAgreement": "(tau)",
     "SequentialAgreement": "(tau, running='mean')",
     "Weighting": "()",
-    "attach": "(model, optimizer=None, *, state=None, **settings)",
+    "attach": "(model, optimizer=None, *, state=None, mesh=None, **settings)",
     "audit": "(model, step, batch=(), group=None)",
     "check_replicas": "(model, optimizer=None, group=None)",
     "combine": "(rows, weights, out=None)",
+    "filter_average": "(tensors, state, process_group=None)",
     "filter_fsdp": "(model, state)",
     "filter_gradients": "(rows, weighting)",
+    "filter_parameters": "(parameters, state, process_group=None, advance_with=None)",
     "gaf_hook": "(state, bucket)",
     "gram": "(rows)",
     "skip_on_disagreement": "(optimizer, state)",
@@ -55,9 +57,9 @@ MEMBERS = {
     "Agreement": "agreed cosine distance finished flipped gramian kept nonfinite overlong stack voters weights",
     "AgreementLog": "cosine_every every rank state step",
     "ConsensusAgreement": "ratio",
-    "GAFState": "agreement check_every decisions exchange judge_every load_state_dict max_consecutive_skips "
-    "max_norm_ratio momentum process_group report scope sketch_size start_step state_dict step summary tau voters "
-    "watch weighting wire_dtype",
+    "GAFState": "advance agreement check_every decisions exchange judge_every load_state_dict max_consecutive_skips "
+    "max_norm_ratio momentum process_group replica_group report scope sketch_size start_step state_dict step summary "
+    "tau voters watch weighting wire_dtype",
     "Mean": "",
     "MicrobatchFilter": "accumulate finish overflowed running tau",
     "NeighborhoodAgreement": "tau",

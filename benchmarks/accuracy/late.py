@@ -61,7 +61,7 @@ class OneStepLate:
         self._due, self._read, self._loss_due = self._read, None, self._loss
         loss = torch.full((len(rows),), self._loss_due, dtype=torch.float64)
         none = torch.zeros(len(rows), 2, dtype=torch.float64)
-        numbers = Numbers(squares[:, None], none[:, 0], none, none[:, 0], none[:, 0], loss, none)
+        numbers = Numbers(squares[:, None], none[:, 0], none, none[:, 0], none[:, 0], loss, none, squares, none[:, 0])
         verdict = draw(state._judge, products, numbers, self._voters, 1, state.max_norm_ratio, self._limits, counted)
         self._kept, self._limits = verdict.kept, verdict.limits
         state.step += 1

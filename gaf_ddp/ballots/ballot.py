@@ -52,6 +52,8 @@ class Numbers(NamedTuple):
         referenced: `(W,)`, 1 where a reading of held-out data waits for the next ballot.
         loss: `(W,)`, of the readings in these ballots; NaN where there is none.
         settings: `(W, settings)`.
+        total: `(W,)`, squared norms of the whole gradients: of all that ranks of a replica hold.
+        unlike: `(W,)`, not 0 where ranks of one replica were told unlike things.
     """
 
     squares: Tensor
@@ -61,14 +63,23 @@ class Numbers(NamedTuple):
     referenced: Tensor
     loss: Tensor
     settings: Tensor
+    total: Tensor
+    unlike: Tensor
 
 
-def pack(sketch: Tensor, squares: Sequence[Tensor], told: Told) -> Tensor:
-    """Return a ballot as int32 numbers, which collectives of every backend take; some five launches."""
+def pack(sketch: Tensor, squares: Tensor, total: Tensor, unlike: Tensor | None, told: Told) -> Tensor:
+    """Return a ballot as int32 numbers, which collectives of every backend take; some five launches.
+
+    Args:
+        sketch: `(k,)` float32.
+        squares: `(buckets,)` float64, squared norms.
+        total: `()` float64, that of the whole gradient.
+        unlike: `()` float64, as `Numbers` has it; None where a replica is one rank.
+        told: what else it says.
+    """
     device = sketch.device
-    known = torch.tensor(
-        [float(told.finished), 0, 0, 0, float(told.referenced), math.nan, *told.settings], dtype=torch.float64
-    )
+    first = float(told.finished), 0, 0, 0, float(told.referenced), math.nan, 0
+    known = torch.tensor([*first, *told.settings], dtype=torch.float64)
     known = to_device(known, device)
     if told.hash is not None:
         known[1:3] = torch.stack([told.hash >> 32, told.hash & 0xFFFFFFFF])  # halves are exact in float64
@@ -76,7 +87,9 @@ def pack(sketch: Tensor, squares: Sequence[Tensor], told: Told) -> Tensor:
         known[3] = told.off
     if told.loss is not None:
         known[5] = told.loss
-    numbers = torch.cat([torch.stack(list(squares)), known])
+    if unlike is not None:
+        known[6] = unlike
+    numbers = torch.cat([squares, total.view(1), known])
     return torch.cat([sketch.view(torch.int32), numbers.view(torch.int32)])
 
 
@@ -87,11 +100,12 @@ def unpack(rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 def read(numbers: Tensor, buckets: int) -> Numbers:
     """Name the numbers `(W, …)` of ballots on so many buckets."""
-    squares, told = numbers[:, :buckets], numbers[:, buckets:]
-    return Numbers(squares, told[:, 0], told[:, 1:3], told[:, 3], told[:, 4], told[:, 5], told[:, 6:])
+    squares, total, told = numbers[:, :buckets], numbers[:, buckets], numbers[:, buckets + 1 :]
+    finished, off, referenced, loss, unlike = (told[:, column] for column in (0, 3, 4, 5, 6))
+    return Numbers(squares, finished, told[:, 1:3], off, referenced, loss, told[:, 7:], total, unlike)
 
 
 def affordable(world_size: int, size: int, gradient: float) -> int:
     """Return how many steps go into a ballot, so that ballots are a hundredth of the gradient's bytes."""
     ballots = 4 * world_size * size
-    return 1 if ballots <= _FREE else min(_MOST_STEPS, max(1, math.ceil(ballots / (_PART * gradient))))
+    return 1 if ballots <= _FREE else min(_MOST_STEPS, max(1, math.ceil(ballots / (_PART * max(gradient, 1)))))

@@ -7,11 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gaf_ddp.rules.consensus import upper_median
+from gaf_ddp.ballots.witness import Witness
 from gaf_ddp.rules.memory import ConsensusMemory
-from gaf_ddp.rules.reference import Evidence, Reading, ReferenceMemory, cosines_with
-
-_LONGEST = 10.0  # median lengths, to which a ballot's gradient is cut in the sums that references are held against
+from gaf_ddp.rules.reference import Evidence, Reading, ReferenceMemory
 
 
 class Opinion(NamedTuple):
@@ -48,7 +46,7 @@ class Judge:
     def __init__(self, ratio: float, momentum: float) -> None:
         self.ratio, self.momentum = ratio, momentum
         self._memory, self._reference = ConsensusMemory(), ReferenceMemory()
-        self._sums: Tensor | None = None  # (V, k), gradients since the last reading of held-out data
+        self._witness = Witness()
         self._momenta: Tensor | None = None
         self._moves: Tensor | None = None  # (V, V), to be taken to the momenta before the next gradients are added
         self.kept = torch.ones(0, dtype=torch.bool)
@@ -76,24 +74,13 @@ class Judge:
         self._momenta = torch.add(gradients, momenta, alpha=self.momentum**steps)
         both = torch.cat([self._momenta, gradients]).double()  # float32 products may silently use TF32
         products = both @ both.mT
-        self._add_to_sums(gradients)
+        self._witness.add(gradients)
         if shares is None:
             return products
-        sums = torch.zeros_like(gradients) if self._sums is None else self._sums
-        cosines, signal = cosines_with(sums, shares)
-        self._sums = torch.zeros_like(gradients)
+        cosines, signal = self._witness.compare(gradients, shares)
         found = products.new_zeros(2, products.shape[1])
         found[0], found[1, :2] = cosines.flatten(), signal
         return torch.cat([products, found])
-
-    def _add_to_sums(self, gradients: Tensor) -> None:
-        """Add gradients to the sums that the next reading is held against, from the first reading on."""
-        if self._sums is None or self._sums.shape != gradients.shape:
-            self._sums = None
-            return
-        lengths = torch.linalg.vector_norm(gradients, dim=1)
-        cut = (_LONGEST * upper_median(lengths, lengths > 0) / lengths).clamp(max=1)
-        self._sums = self._sums.to(gradients.device) + torch.where(lengths > 0, cut, 0)[:, None] * gradients
 
     def judge(self, products: Tensor, voters: Tensor, steps: int, loss: float = math.nan) -> Opinion:
         """Judge a ballot by what `tally` returned, read on the host, and remember it.
@@ -126,7 +113,7 @@ class Judge:
         """Return all of it, at a host sync, as bytes without code."""
         file = io.BytesIO()
         momenta = None if self._momenta is None else self._momenta.cpu()
-        sums = None if self._sums is None else self._sums.cpu()
+        sums = None if self._witness.sums is None else self._witness.sums.cpu()
         held = {"momenta": momenta, "moves": self._moves, "kept": self.kept, "cosines": self._memory.cosines}
         torch.save({**held, "equal": self._memory.equal, "sums": sums, "evidence": self._reference.dump()}, file)
         return file.getvalue()
@@ -143,7 +130,8 @@ class Judge:
         except Exception as error:
             raise ValueError(f"memory must be what state_dict() returned, found {content!r:.60}") from error
         self._momenta, self._moves, self.kept = found["momenta"], found["moves"], found["kept"]
-        self._memory.cosines, self._memory.equal, self._sums = found["cosines"], found["equal"], found["sums"]
+        self._memory.cosines, self._memory.equal = found["cosines"], found["equal"]
+        self._witness.sums = found["sums"]
         self._reference.load(found["evidence"])
 
 

@@ -19,10 +19,11 @@ class Limits:
     Args:
         group: the W ranks.
         device: of the gradients.
+        asks: whether the others are asked for their norms of a bucket that no verdict knows; else it has no limit.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        self._group, self._device = group, device
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, asks: bool = True) -> None:
+        self._group, self._device, self._asks = group, device, asks
         self._on_host: dict[Key, Tensor] = {}  # (W,), of all ranks
         self._on_device: dict[Key, Tensor] = {}
 
@@ -34,6 +35,8 @@ class Limits:
             square: `()` float64, this rank's squared norm of it.
             ratio: upper medians; None for no limit.
         """
+        if key not in self._on_device and not self._asks:
+            self._on_device[key] = torch.full((), math.inf, dtype=torch.float64, device=self._device)
         if key not in self._on_device:
             everyone = square.new_empty(self._group.size())
             all_gather_single(everyone, square.view(1), group=self._group)

@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from gaf_ddp.kernels.fold import Spans, spans_of
+from gaf_ddp.kernels.signs import mix
 
 Key = tuple[int, ...]
+
+_PLACES = 2**46  # signs are told apart up to twice as many
 
 
 class Places:
@@ -14,11 +17,16 @@ class Places:
 
     Engines bring parameters in the same order on all ranks, and in every process that runs the same job. So sketches
     mean the same after a restart, and when DDP lays its buckets out anew.
+
+    Args:
+        part: of a replica's model that this rank holds; its places are its own.
+        parts: how many there are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, part: int = 0, parts: int = 1) -> None:
         self.parameters: list[Tensor] = []  # in their order; held, so that no other takes an id
-        self._next = 0
+        self._most = _PLACES // parts
+        self._next = self._first = part * self._most
         self._place: dict[int, int] = {}  # by id
         self._spans: dict[Key, Spans] = {}
 
@@ -39,6 +47,16 @@ class Places:
                 self._spans[key] = spans_of([(self._next, count)])
                 self._next += count
         return key, self._spans[key]
+
+    def ranges(self, parameters: Sequence[Tensor]) -> list[int]:
+        """Give each of these a range of its own, as wide as can be, since an engine may make more of them than shows.
+
+        Returned is where they begin: in columns of the sketch that are far from each other, so that the many short
+        ones among them do not share a few.
+        """
+        self.parameters = list(parameters)
+        width = self._most // len(self.parameters)
+        return [self._first + number * width + mix(number) % 2**16 for number in range(len(self.parameters))]
 
     def _place_of(self, parameter: Tensor, count: int) -> int:
         if id(parameter) not in self._place:

@@ -1,11 +1,13 @@
 """Readings of held-out data on their way: two sketches that a later ballot carries, once all ranks have them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gaf_ddp.ballots.ballot import Numbers
+from gaf_ddp.engines.apart import Loss, gradient_of
+from gaf_ddp.rules.reference import TEMPERATURES
 
 
 class References:
@@ -26,6 +28,13 @@ class References:
     def put(self, readings: Sequence[Tensor], loss: Tensor) -> None:
         """Take a reading, two sketches `(k,)` float32 and the second one's loss, in place of one that still waits."""
         self._waiting = torch.cat(list(readings)), loss
+
+    def read(
+        self, loss: Loss, parameters: Sequence[Tensor], model: nn.Module | None, fold: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Take the sketches, by `fold`, of a loss's two gradients `(N,)`, apart from training."""
+        found = [gradient_of(loss, temperature, parameters, model) for temperature in TEMPERATURES]
+        self.put([fold(gradient) for gradient, _ in found], found[-1][1])
 
     def append_to(self, sketch: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return a ballot's sketch `(k,)`, and behind it the reading, `(3 k,)`, if it is due; and the loss.

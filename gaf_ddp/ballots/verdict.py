@@ -55,7 +55,7 @@ def draw(
         counted: bool `(W,)`, who counted in them.
     """
     squares = numbers.squares / steps
-    total = squares.sum(1)
+    total = numbers.total
     nonfinite = ~total.isfinite()
     present = ~nonfinite & (total > 0)
     losses = numbers.loss[numbers.loss.isfinite()]

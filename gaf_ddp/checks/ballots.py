@@ -22,6 +22,7 @@ class BallotChecks:
         every: steps between checks; None is never.
         size: k, numbers of a sketch.
         hosts: of the ranks.
+        sums: whether averages are seen, and can be checked.
 
     Attributes:
         sums: of the averages of the steps that go into the ballot, or None.
@@ -29,8 +30,8 @@ class BallotChecks:
         off: how far the last ballots' sum was off, `()` float64 on the device, or None.
     """
 
-    def __init__(self, every: int | None, size: int, hosts: Sequence[str]) -> None:
-        self._every, self._size, self._hosts = every, size, hosts
+    def __init__(self, every: int | None, size: int, hosts: Sequence[str], sums: bool = True) -> None:
+        self._every, self._size, self._hosts, self._sees_sums = every, size, hosts, sums
         self.sums: SumCheck | None = None
         self.hash: Tensor | None = None
         self.off: Tensor | None = None
@@ -44,7 +45,7 @@ class BallotChecks:
             return
         if step % self._every == 0:
             self.hash = hash_bits(parameters, device)
-        if is_first and -step % self._every < steps:
+        if self._sees_sums and is_first and -step % self._every < steps:
             self.sums = SumCheck(self._size)
 
     def begin_ballot(self) -> None:

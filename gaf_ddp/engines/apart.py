@@ -53,7 +53,7 @@ def _pass_by(model: DistributedDataParallel, stack: ExitStack) -> None:
 
 
 def gradient_of(
-    loss: Loss, temperature: float, parameters: Sequence[Tensor], model: nn.Module | None, device: torch.device
+    loss: Loss, temperature: float, parameters: Sequence[Tensor], model: nn.Module | None
 ) -> tuple[Tensor, Tensor]:
     """Return the flat gradient `(N,)` of a loss, parameter by parameter, apart from training; no `grad` changes.
 
@@ -63,7 +63,7 @@ def gradient_of(
     Raises:
         TypeError: loss returned something else than one number with a gradient.
     """
-    with apart(model, device):
+    with apart(model, parameters[0].device):
         value = require_loss(loss(temperature))
         found = torch.autograd.grad(value, list(parameters), allow_unused=True)
     whole = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]

@@ -37,11 +37,16 @@ class Model:
             raise ValueError("process_group of the model was changed while training: make a new GAFState, and model")
         if key in self._known or model is None:
             return
-        own = set(map(id, model.parameters()))
+        own = set(map(id, parameters_of(model)))
         if not own.issuperset(key):
             rule = "a GAFState must be of one model alone: make one for each"
             raise ValueError(f"{rule}, found gradients of another model than {type(model.module).__name__}")
         self._known.add(key)
+
+    def parameters_or(self, own: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the model's parameters, or these if it is not known."""
+        model = None if self._model is None else self._model()
+        return own if model is None else parameters_of(model)
 
     def require_group(self, group: dist.ProcessGroup) -> None:
         """Raise ValueError if the model averages over another group."""
@@ -54,26 +59,17 @@ class Model:
             )
 
 
-def require_whole(parameters: Sequence[Tensor]) -> None:
-    """Raise ValueError if these are parts of a model that other ranks hold the rest of.
-
-    Their ranks would be judged apart, and what is replicated over them would drift.
-    """
-    for parameter in parameters:
-        spec = getattr(parameter, "_st_info", None) or getattr(parameter, "_spec", None)  # as DDP, or torch, has it
-        mesh = getattr(spec, "mesh", None)
-        if mesh is not None and mesh.size() > 1:
-            raise ValueError(
-                f"parameters must be whole on every rank, found one that is spread over {mesh.size()} ranks by "
-                "tensor parallelism: the filter does not know yet which ranks hold one replica"
-            )
+def parameters_of(model: DistributedDataParallel) -> list[Tensor]:
+    """Return what DDP reduces: beside tensor parallelism the module's own change with each forward."""
+    found: list[Tensor] = getattr(model, "_module_parameters", None) or list(model.parameters())
+    return found
 
 
 def _find(parameters: Sequence[Tensor]) -> DistributedDataParallel | None:
     wanted = {id(parameter) for parameter in parameters}
     # Not isinstance, which asks an abstract class about each of some 400,000 objects: half a second.
     for model in [each for each in get_objects() if DistributedDataParallel in type(each).__mro__]:
-        if wanted <= {id(parameter) for parameter in model.parameters()}:
+        if wanted <= set(map(id, parameters_of(model))):
             found: DistributedDataParallel = model
             return found
     return None

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from gaf_ddp.connect import warn_if_alone
 from gaf_ddp.engines.fsdp_units import Unit, units_of
 from gaf_ddp.engines.fsdp_ways import AtOnce, OneStepLate
+from gaf_ddp.engines.parts import require_replica, tensor_group_of
 from gaf_ddp.kernels.gram import combine
 from gaf_ddp.kernels.scale import correct
 from gaf_ddp.settings import require
@@ -57,8 +58,8 @@ def filter_fsdp(model: nn.Module, state: GAFState) -> GAFState:
         TypeError: state is no GAFState, or model is not of fully_shard.
         ValueError: with tau or a weighting, scope is "model", which would hold the gradient unsharded; wire_dtype is
             set, `reduce_dtype` is that here; check_every is set; state filters another model; the process group has
-            other ranks than the model; replicas are to be judged by slices; units have unlike ranks or tensor
-            parallel parameters. In backward: the ranks' settings differ.
+            other ranks than the model; replicas are to be judged by slices; units have unlike ranks, or tensor
+            parallel parameters without `replica_group`. In backward: the ranks' settings differ.
         RuntimeError: this torch's fully_shard is unknown. At once, in backward: gradients are reduced outside of it,
             or inside of another, as checkpoints with `use_reentrant=True` do.
     """
@@ -73,9 +74,11 @@ def filter_fsdp(model: nn.Module, state: GAFState) -> GAFState:
     if state._way is not None:
         raise ValueError("state must be of one model alone, found one that filters another, or this already")
     units = units_of(model)
-    group = _voters(state, units[0])
+    group = voters_of(state, units[0])
+    tensor_group = tensor_group_of((each for unit in units for each in unit.parameters), units[0].ranks)
+    require_replica(state.replica_group, tensor_group)
     warn_if_alone(state, group, stacklevel=2)
-    way = OneStepLate(state, units, group, model) if state._is_late else AtOnce(state, units, group)
+    way = OneStepLate(state, units, group, model, tensor_group) if state._is_late else AtOnce(state, units, group)
     for unit in units:
         unit.set_reduce_scatter(_ReduceScatter(way, unit))
         if group.size() == 1:
@@ -131,7 +134,7 @@ def _divided(weights: Tensor, op: Any, size: int) -> Tensor:
     return weights / size if op == dist.ReduceOp.AVG else weights
 
 
-def _voters(state: GAFState, unit: Unit) -> dist.ProcessGroup:
+def voters_of(state: GAFState, unit: Unit) -> dist.ProcessGroup:
     """Return the group of all ranks that have a gradient; in the order of slices."""
     group = state.process_group or (dist.group.WORLD if unit.is_replicated else unit.shards)
     assert group is not None  # torch has made a mesh

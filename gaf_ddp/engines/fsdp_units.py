@@ -39,11 +39,6 @@ class Unit:
         self.shards: dist.ProcessGroup = group._reduce_scatter_process_group
         ranks = info.mesh.mesh.flatten().tolist() if self.is_replicated else dist.get_process_group_ranks(self.shards)
         self.ranks: list[int] = sorted(ranks)
-        for parameter in self.parameters:
-            parts: int = parameter.device_mesh.size()  # type: ignore[attr-defined]
-            if parts != len(ranks):  # replicas of a part would be judged apart, and drift
-                rule = "parameters must be sharded by fully_shard alone, not by tensor parallelism too"
-                raise ValueError(f"{rule}, found {parts} ranks of which {len(ranks)} are fully_shard's {_of(name)}")
         self.reduce_scatter: Any = group._reduce_scatter_comm
 
     @property

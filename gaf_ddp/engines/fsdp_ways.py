@@ -31,8 +31,15 @@ if TYPE_CHECKING:
 class OneStepLate:
     """Scale a unit's gradient, and judge the whole model's a step later."""
 
-    def __init__(self, state: "GAFState", units: list[Unit], group: dist.ProcessGroup, model: nn.Module) -> None:
-        self.group, self._model = group, model
+    def __init__(
+        self,
+        state: "GAFState",
+        units: list[Unit],
+        group: dist.ProcessGroup,
+        model: nn.Module,
+        tensor_group: dist.ProcessGroup | None,
+    ) -> None:
+        self.group, self._model, self._tensor_group = group, model, tensor_group
         self._state, self._units = state, units
         self._late: LateFilter | None = None
         self._seen: set[Unit] = set()  # in this step
@@ -45,7 +52,9 @@ class OneStepLate:
         with named(f"step {self._state.step}, unit {unit.name or 'root'}"):
             if self._late is None:
                 meet(self._state, self.group, gradient.device)
-                self._late = LateFilter(self._state, self.group, gradient.device, averages=True)
+                self._late = LateFilter(
+                    self._state, self.group, gradient.device, averages=True, tensor_group=self._tensor_group
+                )
             if not self._late.is_open or unit in self._seen:
                 self._late.begin()
                 self._seen.clear()

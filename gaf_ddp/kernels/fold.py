@@ -90,9 +90,10 @@ def _require(x: Tensor, spans: Spans, size: int) -> None:
 def _fold_on_cpu(x: Tensor, spans: Spans, size: int) -> tuple[Tensor, Tensor]:
     """Add up all blocks with their signs, each while it is in the cache, then the rows of their sum."""
     table = sign_table(size, torch.float32, x.device)
-    total = torch.zeros(block_length(size), dtype=torch.float32)
+    parts, columns = _plan(spans, size)
+    total = torch.zeros(columns, dtype=torch.float32)
     square = 0.0
-    for begin, end, pieces in _plan(spans, size):
+    for begin, end, pieces in parts:
         numbers = x[begin:end].float()
         square += _square(numbers, period_of(size))  # first: it brings them into the cache, on all cores
         for first, last, offset, shift, sign in pieces:
@@ -118,16 +119,20 @@ def _square(x: Tensor, columns: int) -> float:
     return norm * norm
 
 
-@lru_cache(maxsize=1024)
-def _plan(spans: Spans, size: int) -> list[tuple[int, int, list[tuple[int, int, int, int, int]]]]:
+_Piece = tuple[int, int, int, int, int]
+
+
+@lru_cache(maxsize=2**14)  # of parameters by themselves there are many
+def _plan(spans: Spans, size: int) -> tuple[list[tuple[int, int, list[_Piece]]], int]:
     """Cut a vector into parts of a block's length, and these where blocks of the model begin.
 
     Returns:
         Of each part where it begins and ends in the vector, and its pieces: where each begins and ends in the
-        part, its offset in the block, where its signs begin in the table, and the block's sign.
+        part, its offset in the sum of blocks, where its signs begin in the table, and the block's sign. And how many
+        numbers that sum has: a whole block's, but for short vectors no more rows than they touch.
     """
-    length = block_length(size)
-    parts: dict[int, list[tuple[int, int, int, int, int]]] = {}
+    length, period = block_length(size), period_of(size)
+    parts: dict[int, list[_Piece]] = {}
     for first, place, count in spans:
         done = 0
         while done < count:
@@ -137,7 +142,12 @@ def _plan(spans: Spans, size: int) -> list[tuple[int, int, list[tuple[int, int, 
             begin = first + done - part * length
             parts.setdefault(part, []).append((begin, begin + piece, offset, shift + offset, sign))
             done += piece
-    return [(part * length, part * length + max(p[1] for p in pieces), pieces) for part, pieces in parts.items()]
+    offsets = [(offset, offset + last - first) for each in parts.values() for first, last, offset, *_ in each]
+    row = min((first for first, _ in offsets), default=0) // period
+    rows = -(-max((last for _, last in offsets), default=0) // period) - row
+    moved = {part: [(a, b, c - row * period, d, e) for a, b, c, d, e in pieces] for part, pieces in parts.items()}
+    cut = [(part * length, part * length + max(p[1] for p in pieces), pieces) for part, pieces in moved.items()]
+    return cut, rows * period
 
 
 def _fold_on_accelerator(x: Tensor, spans: Spans, size: int) -> tuple[Tensor, Tensor]:
@@ -159,7 +169,7 @@ def _fold_on_accelerator(x: Tensor, spans: Spans, size: int) -> tuple[Tensor, Te
     return torch.nn.functional.pad(sketch, (0, size - period)), square
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=2**14)
 def _signs_of_rows(spans: Spans, size: int, device: torch.device) -> Tensor:
     """Return the signs `(rows, p)`, int8, of all rows that the spans touch."""
     columns = torch.arange(period_of(size), device=device)

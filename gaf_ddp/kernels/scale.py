@@ -16,14 +16,15 @@ from gaf_ddp.runtime.device import kernels, on_host
 EXACT = 1e-6  # shares of up to 500,000 ranks add up to 1 as near as this, or one of them is missing
 
 
-def scale(gradient: Tensor, square: Tensor, count: Tensor, limit: Tensor) -> Tensor:
-    """Scale a rank's gradient by its share, in place.
+def scale(gradient: Tensor, square: Tensor, count: Tensor, limit: Tensor, out: Tensor | None = None) -> Tensor:
+    """Scale a rank's gradient by its share, in place or into `out`.
 
     Args:
-        gradient: `(N,)` floating point, any device; overwritten.
+        gradient: `(N,)` floating point, any device; overwritten where there is no `out`.
         square: `()` float64, its squared norm, finite exactly where the gradient is.
         count: `()` float64, how many ranks count, this one with them; 0 where this rank is left out.
         limit: `()` float64, the longest norm; longer gradients are shortened to it.
+        out: `(N,)` of the gradient's dtype, where the result goes; the gradient stays as it is then.
 
     Returns:
         The share `(2,)` float64: 1/count or 0, and 1 where the gradient is not finite.
@@ -32,29 +33,35 @@ def scale(gradient: Tensor, square: Tensor, count: Tensor, limit: Tensor) -> Ten
     """
     fused = kernels(gradient.device.type, "scale_triton")
     if fused is not None and fused.can_scale(gradient):
-        scaled: Tensor = fused.scale(gradient, square, count, limit)
+        scaled: Tensor = fused.scale(gradient, square, count, limit, out)
         return scaled
-    return (_scale_on_host if on_host(gradient) else _scale_on_accelerator)(gradient, square, count, limit)
+    return (_scale_on_host if on_host(gradient) else _scale_on_accelerator)(gradient, square, count, limit, out)
 
 
-def _scale_on_host(gradient: Tensor, square: Tensor, count: Tensor, limit: Tensor) -> Tensor:
+def _scale_on_host(gradient: Tensor, square: Tensor, count: Tensor, limit: Tensor, out: Tensor | None = None) -> Tensor:
     norm, ranks, longest = math.sqrt(square.item()), count.item(), limit.item()
     share = 1 / ranks if ranks and 0 < norm < math.inf else 0.0
+    result = gradient if out is None else out
     if not share:
-        gradient.zero_()
+        result.zero_()
     elif norm > longest:
-        gradient.mul_(share * (longest / norm))  # in one pass, and half precision is rounded once
+        torch.mul(gradient, share * (longest / norm), out=result)  # in one pass; half precision is rounded once
     elif ranks != 1:
-        gradient.div_(ranks)
+        torch.div(gradient, ranks, out=result)
+    elif out is not None:
+        out.copy_(gradient)
     return torch.tensor([share, not norm < math.inf], dtype=torch.float64)
 
 
-def _scale_on_accelerator(gradient: Tensor, square: Tensor, count: Tensor, limit: Tensor) -> Tensor:
+def _scale_on_accelerator(
+    gradient: Tensor, square: Tensor, count: Tensor, limit: Tensor, out: Tensor | None = None
+) -> Tensor:
     norm = square.sqrt()
     share = torch.where((norm > 0) & norm.isfinite() & (count > 0), 1 / count, 0)
     factor = share * (limit / norm).clamp(max=1).nan_to_num(1.0)
     wide = torch.promote_types(gradient.dtype, torch.float32)
-    gradient.copy_(torch.where(factor != 0, gradient.to(wide) * factor.to(wide), 0))
+    result = gradient if out is None else out
+    result.copy_(torch.where(factor != 0, gradient.to(wide) * factor.to(wide), 0))
     return torch.stack([share, (~norm.isfinite()).double()])
 
 

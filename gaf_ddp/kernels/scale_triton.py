@@ -21,18 +21,19 @@ def can_scale(gradient: Tensor) -> bool:
     return gradient.dtype in (torch.float32, torch.bfloat16, torch.float16) and gradient.is_contiguous()
 
 
-def scale(gradient: Tensor, square: Tensor, count: Tensor, limit: Tensor) -> Tensor:
-    """Scale gradient `(N,)` in place by the scalars `()` float64, and return the share `(2,)` float64; one launch.
+def scale(gradient: Tensor, square: Tensor, count: Tensor, limit: Tensor, out: Tensor | None = None) -> Tensor:
+    """Scale gradient `(N,)` by the scalars `()` float64, in place or into out, and return the share; one launch.
 
     Where nothing is shortened, an element becomes its product with float32's 1/count, in float32 and rounded once:
-    what `div_(count)` by a Python number gives on CUDA. A gradient that stays as it is is neither read nor
-    written, and one that becomes zeros is not read.
+    what `div_(count)` by a Python number gives on CUDA. In place a gradient that stays as it is is neither read nor
+    written. One that becomes zeros is not read. The share is `(2,)` float64.
     """
     share = torch.empty(2, dtype=torch.float64, device=gradient.device)
     with torch.cuda.device_of(gradient):  # Triton launches on the current device
         _scale_kernel[(_programs(gradient),)](
-            gradient, square, count, limit, share, len(gradient), BLOCK=BLOCK, num_warps=WARPS, **OPTIONS
-        )
+            gradient, square, count, limit, share, gradient if out is None else out, len(gradient),
+            IN_PLACE=out is None, BLOCK=BLOCK, num_warps=WARPS, **OPTIONS,
+        )  # fmt: skip
     return share
 
 
@@ -52,7 +53,9 @@ def _programs(x: Tensor) -> int:
 
 
 @triton.jit
-def _scale_kernel(gradient, square, count, limit, share, numbers, BLOCK: tl.constexpr):
+def _scale_kernel(
+    gradient, square, count, limit, share, out, numbers, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """Multiply every programs-th block; the first program writes the share."""
     norm, ranks, longest = tl.sqrt(tl.load(square)), tl.load(count), tl.load(limit)
     finite = norm < _INF  # NaN is not less than anything
@@ -62,13 +65,13 @@ def _scale_kernel(gradient, square, count, limit, share, numbers, BLOCK: tl.cons
     if tl.program_id(0) == 0:
         tl.store(share, own)
         tl.store(share + 1, tl.where(finite, 0.0, 1.0))
-    if factor != 1.0:
+    if (not IN_PLACE) or factor != 1.0:
         for block in range(tl.program_id(0), tl.cdiv(numbers, BLOCK), tl.num_programs(0)):
             at = block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
             # Zeros are written without a look at what was there: NaN times 0 is NaN.
             wanted = (at < numbers) & (tl.full((BLOCK,), 0.0, tl.float32) != factor)
             x = tl.load(gradient + at, mask=wanted, other=0.0).to(tl.float32)
-            tl.store(gradient + at, (x * factor).to(gradient.dtype.element_ty), mask=at < numbers)
+            tl.store(out + at, (x * factor).to(out.dtype.element_ty), mask=at < numbers)
 
 
 @triton.jit

@@ -51,7 +51,7 @@ def rows_in(span: Span, period: int) -> int:
     return -(-(span.place % period + span.count) // period)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=2**14)  # of parameters by themselves there are many
 def row_table(spans: Spans, size: int, device: torch.device) -> Tensor:
     """Return the rows of p columns that a vector is folded as, int64 `(rows, 4)`.
 

@@ -26,8 +26,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gaf_ddp.rules.consensus import upper_median
-
 TEMPERATURES = 1.0, 2.0  # by which logits are divided in the two readings
 REACH = 3.0  # median norms, to which a trusted voter's gradient is shortened: a rank that was out has a long one
 TRUSTED, CONDEMNED = 1.0, -1.0
@@ -172,31 +170,3 @@ def _mean_of_others(values: Tensor, kept: Tensor) -> Tensor:
     clean = torch.where(inside > 0, values, 0)
     total, number = clean.sum(1, keepdim=True) - clean, inside.sum() - inside
     return total / number.clamp(min=1)
-
-
-def cosines_with(gradients: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cosines of voters' gradients with both readings of held-out data, and what is signal in these.
-
-    Nothing waits for an accelerator; some twenty launches.
-
-    Args:
-        gradients: `(V, k)` float32, sketches of what each voter's gradients add up to.
-        shares: `(W, 2, k)` float32, sketches of each rank's share of the two readings. One that is not finite counts
-            as none. One that is longer than the upper median length is shortened to it, so that no rank alone is the
-            witness.
-
-    Returns:
-        Cosines `(2, V)` float64, NaN beside a voter without a gradient, and where nobody has a share. And of each
-        reading `(2,)` what part of the squared length of shares they have in common in expectation, 1 where there is
-        one share: with n shares, (|Σ shares|² / Σ |share|² − 1) / (n − 1).
-    """
-    wide = shares.double()
-    wide = torch.where(wide.isfinite().all(-1, keepdim=True), wide, 0)
-    lengths = torch.linalg.vector_norm(wide, dim=-1)  # (W, 2)
-    factor = (upper_median(lengths, lengths > 0) / lengths).clamp(max=1)
-    wide = wide * torch.where(lengths > 0, factor, 0)[..., None]
-    readings, sums, number = wide.sum(0), gradients.double(), (lengths > 0).sum(0)
-    squares = readings.square().sum(1)
-    signal = torch.where(number > 1, (squares / wide.square().sum((0, 2)) - 1) / (number - 1), 1)
-    scale = squares.sqrt()[:, None] * torch.linalg.vector_norm(sums, dim=1)
-    return torch.where(scale > 0, readings @ sums.mT / scale, math.nan), signal

@@ -67,8 +67,7 @@ def force_unlike_verdicts(state: GAFState, step: int) -> None:
     if step == 2:
         late, rank = state._way, dist.get_rank()
         state._catch_up()
-        late._kept = torch.tensor([True, rank != 1, rank == 0, True])
-        late._by = late._divisor()
+        late.share.set(torch.tensor([True, rank != 1, rank == 0, True]))
 
 
 def test_unlike_verdicts_are_a_wrong_record_and_never_unequal_parameters(ranks: Ranks) -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from gaf_ddp import GAFState, gaf_hook
-from gaf_ddp.ballots import ballot, late, limits
+from gaf_ddp.ballots import ballot, late, limits, share
 from gaf_ddp.ballots.count import Counting
 from gaf_ddp.kernels import fold, scale
 from tests.accelerator import take_accelerators_way
@@ -53,12 +53,12 @@ class Launches(TorchDispatchMode):
 
 def replace(launches: Launches) -> None:
     """Replace kernels, copies and the host's work, on this rank alone, which ends with its test."""
-    of_fold = SimpleNamespace(can_fold=lambda x: True, fold=launches.count(2, fold._fold_on_cpu))
+    of_fold = SimpleNamespace(can_fold=lambda x: True, fold_into=launches.count(2, fold_into))
     of_scale = SimpleNamespace(can_scale=lambda x: True, scale=launches.count(1, scale._scale_on_host))
     of_scale.correct = launches.count(1, correct)
     fold.kernels = lambda kind, name: of_fold  # type: ignore[assignment, attr-defined]
     scale.kernels = lambda kind, name: of_scale  # type: ignore[assignment, attr-defined]
-    for module in (ballot, limits, late):
+    for module in (ballot, limits, share):
         module.to_device = launches.count(1, module.to_device)  # type: ignore[attr-defined]
     draw, tally = late.LateFilter.draw, Counting._count
 
@@ -73,6 +73,12 @@ def replace(launches: Launches) -> None:
 
     late.LateFilter.draw = on_host  # type: ignore[method-assign]
     Counting._count = on_device  # type: ignore[method-assign]
+
+
+def fold_into(x: torch.Tensor, spans: Any, sketch: torch.Tensor, square: torch.Tensor) -> None:
+    folded, norm = fold._fold_on_cpu(x, spans, len(sketch))
+    sketch += folded
+    square += norm
 
 
 def correct(total: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
@@ -105,7 +111,9 @@ def count(device: torch.device, settings: dict[str, Any]) -> list[tuple[list[str
 
 
 def test_launches_few_operations(gloo_ranks: Ranks) -> None:
-    of_bucket = 7  # two folds, their sum, the scale, two all-reduces, and behind the hook what corrects the sum
+    of_bucket = (
+        7  # two folds, where they are added up, the scale, two all-reduces, and behind the hook what corrects the sum
+    )
     for steps in gloo_ranks(3, count, {}):
         for names, of_buckets in steps[2:]:
             assert len(of_buckets) == len(SIZES)

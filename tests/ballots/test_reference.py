@@ -39,7 +39,7 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, 10))
 
 
-def model_of(engine: str, device: torch.device, settings: dict[str, Any]) -> tuple[nn.Module, GAFState]:
+def model_of(engine: str, device: torch.device, settings: dict[str, Any]) -> tuple[Any, GAFState]:
     """Return a model in an engine, with the filter on it."""
     state, model = GAFState(**settings), network().to(device)
     if engine == "fsdp":
@@ -111,7 +111,7 @@ class Odd(nn.Module):
 
     def forward(self, x: Tensor, uses_other: bool = True) -> Tensor:
         """Return logits."""
-        hidden = self.head(self.body(x))
+        hidden: Tensor = self.head(self.body(x))
         return hidden + self.other(hidden) if uses_other else hidden
 
 
@@ -140,7 +140,7 @@ def read_between_steps(device: torch.device, kind: str, reads: bool) -> dict[str
     """Train with everybody kept (watch), held-out data read between steps or not; return what came out."""
     rank = dist.get_rank()
     torch.manual_seed(0)
-    model: nn.Module = Odd().to(device)
+    model: Any = Odd().to(device)
     state = GAFState(watch=True)
     if kind == "fsdp":
         fully_shard(model.head)
@@ -276,7 +276,8 @@ def wrong_losses(device: torch.device) -> list[str]:
 
     def without_gradient(temperature: float) -> Tensor:
         with torch.no_grad():
-            return model(inputs).sum()
+            found: Tensor = model(inputs).sum()
+        return found
 
     said = []
     for loss in (lambda t: model(inputs), without_gradient):

@@ -59,7 +59,7 @@ def train(
             seen.append((filtered, agreement.kept, agreement.distance))
         sizes = {id(parameter): str(parameter.numel()) for parameter in probe.parts}
         limits.append(
-            {"+".join(sizes[i] for i in key): value[0].item() for key, value in state._way._limits._on_host.items()}
+            {"+".join(sizes[i] for i in key): each[0].item() for key, each in state._way.share.limits._on_host.items()}
         )
     columns = [torch.stack(column) for column in zip(*seen, strict=True)]
     return Trained(columns[0], columns[1], columns[2], state.summary(), limits)

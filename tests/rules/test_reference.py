@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gaf_ddp.rules.reference import CONDEMNED, TRUSTED, Reading, ReferenceMemory, cosines_with
+from gaf_ddp.ballots.witness import cosines_with
+from gaf_ddp.rules.reference import CONDEMNED, TRUSTED, Reading, ReferenceMemory
 
 Cosines = list[list[float]]  # (2, V)
 

@@ -17,7 +17,8 @@ def verdict(norms: Tensor, limits: Tensor, ratio: float | None = 10.0, steps: in
     """Return the verdict on ranks with these norms `(W, buckets)`, whose sketches are alike."""
     count = len(norms)
     judge, none = Judge(3.0, MOMENTUM), torch.zeros(count, 2, dtype=torch.float64)
-    numbers = Numbers(norms.double().square() * steps, none[:, 0], none, none[:, 0], none[:, 0], none[:, 0], none)
+    squares, zero = norms.double().square() * steps, none[:, 0]
+    numbers = Numbers(squares, zero, none, zero, zero, zero, none, squares.sum(1), zero)
     voters = Voters(list(range(count)))
     sketches = torch.where(norms.sum(1, keepdim=True).isfinite(), torch.ones(count, 64), math.nan)
     products = judge.tally(voters.mean(sketches), steps)
