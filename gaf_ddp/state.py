@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -97,7 +98,8 @@ class GAFState(Settings):
     def summary(self, reset: bool = True) -> dict[str, float]:
         """Return the statistics since the last reset, see `monitor.totals.summary`; waits for the last step's.
 
-        `gaf/out_rank_00` … beside them: for how many steps in a row that rank has been left out, up to now. Rank 0
+        `gaf/noise_scale` beside them: the gradient noise scale, in batches of one rank (`monitor.noise`).
+        `gaf/out_rank_00` …: for how many steps in a row that rank has been left out, up to now. Rank 0
         warns of decisions that found no agreement, if most did not, and of ranks that were out for 200 steps in a row.
 
         Raises:
@@ -141,7 +143,8 @@ class GAFState(Settings):
     def report(self) -> Report:
         """Return where each rank stands since training began; waits and raises as `summary()` does."""
         self._catch_up()
-        return self._records.statistics.report(self.step, self.max_norm_ratio)
+        found = self._records.statistics.report(self.step, self.max_norm_ratio)
+        return replace(found, watch=self.watch)
 
     def advance(self) -> None:
         """End a step of `filter_parameters`, on every rank: a collective, which nobody waits for now.

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from benchmarks.accuracy.declare import PAST, Experiment, Labels, Rule, Run
+from benchmarks.accuracy.declare import PAST, Experiment, Labels, Reference, Rule, Run
 from benchmarks.accuracy.rules import CONSENSUS
 
 Kind = Literal["averaging", "filter", "control", "other rule", "oracle"]
@@ -21,7 +21,7 @@ class Arm:
 
 def runs_of(experiment: Experiment, arm: str) -> list[Run]:
     """Return all runs of an arm, every seed, in one process."""
-    seeds = range(experiment.seeds)
+    seeds = range(experiment.first_seed, experiment.first_seed + experiment.seeds)
     return [replace(run, seed=seed) for run in ARMS[arm].runs(experiment) for seed in seeds]
 
 
@@ -29,7 +29,7 @@ def real_runs_of(experiment: Experiment, arm: str) -> list[Run]:
     """Return the runs of an arm that are repeated on real ranks."""
     if arm not in experiment.real_arms:
         return []
-    repeated = [run for run in runs_of(experiment, arm) if run.seed < experiment.real_seeds]
+    repeated = [run for run in runs_of(experiment, arm) if run.seed < experiment.first_seed + experiment.real_seeds]
     return [replace(run, engine="ddp") for run in repeated]
 
 
@@ -138,6 +138,24 @@ _TODAY: dict[str, Arm] = {
 }
 
 
+def _referring(reference: Reference) -> Callable[[Experiment], list[Run]]:
+    return lambda e: [replace(e.base, rule=Rule(CONSENSUS, 4096.0, reference=reference))]
+
+
+_HELD_OUT = {
+    **with_controls("reference", Arm("consensus with held-out data", "filter", _referring(Reference()))),
+    "reference, every 50": Arm("… read every 50 steps", "filter", _referring(Reference(every=50))),
+    "reference, 64": Arm("… of 64 examples", "filter", _referring(Reference(examples=64))),
+    "reference, 20 % wrong": Arm("… with 20 % wrong labels", "filter", _referring(Reference(wrong=0.2))),
+    "reference, lacks": Arm("… without classes 8 and 9", "filter", _referring(Reference(lacks=(8, 9)))),
+    "reference, same": Arm("… the same on all ranks", "filter", _referring(Reference(same=True))),
+    "reference, training": Arm(
+        "… each rank's training data in its place", "filter", _referring(Reference(training=True))
+    ),
+}
+CARELESS = tuple(name for name in _HELD_OUT if "," in name)
+
+
 def _landed(arm: Arm) -> Arm:
     """Return an arm's runs by the code of PAST."""
 
@@ -153,6 +171,7 @@ for _name, _arm in _TODAY.items():
     ARMS[_name] = _arm
     if "consensus" in _name:
         ARMS[_name + PAST] = _landed(_arm)
+ARMS |= _HELD_OUT
 
 
 def beside_landed(arms: Iterable[str]) -> tuple[str, ...]:

@@ -147,6 +147,7 @@ class Experiment:
     bad: tuple[int, ...] = ()
     lrs: tuple[float, ...] = ()
     seeds: int = 3
+    first_seed: int = 0
     real_arms: tuple[str, ...] = ()
     real_seeds: int = 0
     notes: dict[str, Any] = field(default_factory=dict)  # coordinates for the group's own table and plot

@@ -5,6 +5,7 @@ from dataclasses import replace
 from benchmarks.accuracy.arms import ALL, CONSENSUS_ARMS, beside_landed
 from benchmarks.accuracy.declare import Experiment, Labels, Run
 from benchmarks.accuracy.on_digits import attack, broken, byzfl, classes, shift, tau, uniform
+from benchmarks.accuracy.on_held_out import held_out
 from benchmarks.accuracy.on_text import text
 
 
@@ -52,6 +53,7 @@ GROUPS: dict[str, str] = {
     "text": "Another kind of network: a character transformer with one bad rank, or an honest one that differs",
     "attack": "Attackers who know the rule and stay just within its reach: what do they cost?",
     "byzfl": "ByzFL's own attacks: are they left out?",
+    "held_out": "A few held-out examples as a witness: honest minorities, bad majorities, and what careless use does",
 }
 
 
@@ -63,7 +65,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: _with_landed(experiment)
     for declare in (shift, broken, uniform, tau, classes, human, text, attack, byzfl)
     for experiment in declare()
-}
+} | {experiment.name: experiment for experiment in held_out()}
 
 
 def quick(experiment: Experiment) -> Experiment:

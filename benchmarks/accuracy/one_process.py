@@ -72,7 +72,7 @@ class OneProcess:
     def _refer(self, index: int) -> None:
         """Read the held-out data, if it is time to."""
         told = self._run.rule.reference
-        if told is not None and index % told.every == 0:
+        if told is not None and index and index % told.every == 0:
             assert isinstance(self._way, OneStepLate)
             references = list(self._task.references)
             with torch.no_grad():

@@ -35,6 +35,7 @@ class RealRank:
         self.model = build_network(run, task)
         self._optimizer = build_optimizer(run, self.model)
         self._ddp = DistributedDataParallel(self.model)
+        self._every = 0 if run.rule.reference is None else run.rule.reference.every
         settings = settings_of(run, counts)
         self.state = None if settings is None else GAFState(**{"scope": "model", **settings})
         if self.state is not None:
@@ -50,6 +51,9 @@ class RealRank:
     def step(self, index: int) -> Tensor | None:
         """Train one step; return which ranks were kept, `(W,)`, None without a filter."""
         images, labels = self._task.batch(dist.get_rank(), index)
+        if self.state is not None and self._every and index % self._every == 0:
+            held, answers = self._task.references[dist.get_rank()]
+            self.state.reference(lambda temperature: cross_entropy(self._ddp(held) / temperature, answers))
         self._optimizer.zero_grad()
         cross_entropy(self._ddp(images), labels).backward()
         self._optimizer.step()

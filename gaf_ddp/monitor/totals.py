@@ -63,6 +63,7 @@ def summary(sums: Sums) -> dict[str, float]:
     `gaf/nonfinite_fraction`, `gaf/overlong_fraction`, `gaf/zero_fraction`, and `gaf/kept_rank_00` … : the share of
     decisions in which that rank was kept, of those for which it had not finished (DDP's Join). With the consensus
     rule `gaf/distance_rank_00` … too: its mean z, each at most 100. NaN is what there is no decision for.
+    `GAFState.summary` adds `gaf/out_rank_00` … and `gaf/noise_scale` (`monitor.noise`).
     """
     decisions = sum(sums["decisions"])
     if not decisions:
