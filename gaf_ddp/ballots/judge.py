@@ -136,22 +136,27 @@ class Judge:
 
 
 def _require_sound(
-    momenta: Tensor | None, moves: Tensor | None, kept: Tensor, cosines: Tensor, sums: Tensor | None, evidence: Tensor
+    momenta: Tensor | None,
+    moves: Tensor | None,
+    sums: Tensor | None,
+    kept: Tensor,
+    cosines: Tensor,
+    equal: Tensor,
+    evidence: Tensor,
 ) -> None:
     """Raise ValueError unless these are of V voters each, and finite."""
     count = len(kept)
     sound = kept.dtype == torch.bool and kept.shape == (count,)
-    sound &= cosines.dtype == torch.float64 and cosines.dim() == 3 and len(cosines) == 2
-    sound &= cosines.shape[1:] in ((count, count), (0, 0)) and bool(cosines.isfinite().all())
-    sound &= evidence.dtype == torch.float64 and evidence.shape in (
-        (len(Evidence._fields), count),
-        (len(Evidence._fields), 0),
-    )
-    sound &= bool(evidence.isfinite().all())
+    sound &= cosines.dim() == 3 and len(cosines) == 2 and cosines.shape[1:] == equal.shape
+    sound &= equal.shape in ((count, count), (0, 0))
+    sound &= evidence.dim() == 2 and len(evidence) == len(Evidence._fields) and evidence.shape[1] in (count, 0)
     for each in (momenta, sums):
         if each is not None:
             sound &= each.dtype == torch.float32 and each.dim() == 2 and len(each) in (count, 0)
+    wide = [cosines, equal, evidence]
     if moves is not None:
-        sound &= moves.dtype == torch.float64 and moves.shape == (count, count) and bool(moves.isfinite().all())
+        sound &= moves.shape == (count, count)
+        wide.append(moves)
+    sound &= all(each.dtype == torch.float64 and bool(each.isfinite().all()) for each in wide)
     if not sound:
         raise ValueError("of unlike shapes, dtypes, or not finite")

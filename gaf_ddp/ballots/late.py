@@ -68,6 +68,7 @@ class LateFilter:
         self._in_buckets = in_buckets
         self._replica = Replica.of(state, group, tensor_group)
         self.places = Places() if self._replica is None else Places(self._replica.part, self._replica.parts)
+        self.parameters = self.places.parameters  # those whose gradients came, in the order of their places
         self._post = Post(state, group, self._voters, self._replica)
         self.share = Share(state, group, device, averages, asks=in_buckets)
         self.is_open = False  # between a step's first bucket and its last one
@@ -77,7 +78,7 @@ class LateFilter:
         self.references = References()
         sums = in_buckets and self._replica is None
         self.checks = BallotChecks(state.check_every, state.sketch_size, state._records.statistics.hosts, sums)
-        self._begin_ballot()
+        self.ballot = OpenBallot(state.sketch_size, device)
         self.recall()
 
     def begin_if_first(self, index: int) -> None:
@@ -116,7 +117,7 @@ class LateFilter:
             self._send()
 
     def fold(self, gradient: Tensor, parameters: Sequence[Tensor], count: int | None = None) -> Tensor:
-        """Return the sketch `(k,)` of a gradient `(N,)` of parameters whose training gradients came before."""
+        """Return the sketch `(k,)` of a gradient `(N,)` of parameters that are known from training."""
         return fold(gradient, self.places.spans(parameters, count)[1], self._state.sketch_size)[0]
 
     def read(self, loss: Loss) -> None:
@@ -133,11 +134,6 @@ class LateFilter:
         """End a step whose ballot is sent."""
         self.is_open = False
         self._state._end_step()
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        """The parameters whose gradients came, in the order of their places."""
-        return self.places.parameters
 
     def end_if_open(self) -> None:
         """End a step whose last bucket never came."""
@@ -187,15 +183,10 @@ class LateFilter:
         if self.ballot.steps:
             self.checks.sums = None
 
-    def _begin_ballot(self) -> None:
-        self.ballot = OpenBallot(self._state.sketch_size, self.device)
-        self.checks.begin_ballot()
-
     def _send(self) -> None:
         """Send the ballot, and begin another."""
         state, check, counted, squares = self._state, self.checks.sums, self.share.counted(), self.ballot.squares
-        # Outside of backward DDP calls its hook in Join alone.
-        finished = self._in_buckets and torch._C._current_graph_task_id() == -1
+        finished = self._in_buckets and torch._C._current_graph_task_id() == -1  # outside of backward: in DDP's Join
         if check is not None and not state.watch and counted[self.group.rank()]:
             check.guard(list(map(torch.stack, squares.values())), self.share.limits.held(squares))
         sketch, loss = self.references.append_to(self.ballot.sketch)
@@ -205,4 +196,5 @@ class LateFilter:
         if self._judge_every is None:
             gradient = sum(each.numel() * each.element_size() for each in self.parameters)
             self._every = affordable(self.group.size(), state.sketch_size, gradient)
-        self._begin_ballot()
+        self.ballot = OpenBallot(state.sketch_size, self.device)
+        self.checks.begin_ballot()

@@ -54,7 +54,7 @@ class Places:
         Returned is where they begin: in columns of the sketch that are far from each other, so that the many short
         ones among them do not share a few.
         """
-        self.parameters = list(parameters)
+        self.parameters[:] = parameters
         width = self._most // len(self.parameters)
         return [self._first + number * width + mix(number) % 2**16 for number in range(len(self.parameters))]
 
