@@ -11,8 +11,8 @@ import gaf_ddp
 from gaf_ddp.rules.agreement import decide
 
 NAMES = {
-    "Agreement": "(gramian, cosine, weights, kept, agreed, voters, nonfinite, overlong, distance=None, flipped=None, equal=None, trusted=None, condemned=None, "
-    "finished=None)",
+    "Agreement": "(gramian, cosine, weights, kept, agreed, voters, nonfinite, overlong, distance=None, flipped=None, "
+    "equal=None, trusted=None, condemned=None, finished=None)",
     "AgreementLog": "(state, *targets, every=100, cosine_every=1000, rank=0)",
     "ConsensusAgreement": "(ratio=3.0)",
     "GAFState": "(process_group=None, tau=None, *, weighting=None, scope=None, exchange='auto', start_step=0, "
@@ -54,13 +54,13 @@ def test_public_names_say_what_they_are(name: str) -> None:
 
 
 MEMBERS = {
-    "Agreement": "agreed condemned cosine distance equal finished flipped gramian kept nonfinite overlong stack trusted "
-    "voters weights",
+    "Agreement": "agreed condemned cosine distance equal finished flipped gramian kept nonfinite overlong stack "
+    "trusted voters weights",
     "AgreementLog": "cosine_every every rank state step",
     "ConsensusAgreement": "ratio",
     "GAFState": "advance agreement check_every decisions exchange judge_every load_state_dict max_consecutive_skips "
-    "max_norm_ratio momentum process_group reference replica_group report scope sketch_size start_step state_dict step summary "
-    "tau voters watch weighting wire_dtype",
+    "max_norm_ratio momentum process_group reference replica_group report scope sketch_size start_step state_dict step "
+    "summary tau voters watch weighting wire_dtype",
     "Mean": "",
     "MicrobatchFilter": "accumulate finish overflowed running tau",
     "NeighborhoodAgreement": "tau",

@@ -23,8 +23,8 @@ from tests.test_state import end_step, filled
 Ranks = Callable[..., list[Any]]
 
 
-KINDS = {"version": int, "step": int, "totals": dict, "reset": dict, "history": dict, "memory": bytes}
-HOLDS = "state_dict must hold ['history', 'memory', 'reset', 'step', 'totals', 'version'], found"
+KINDS = {"version": int, "step": int, "totals": dict, "reset": dict, "history": dict, "noise": dict, "memory": bytes}
+HOLDS = "state_dict must hold ['history', 'memory', 'noise', 'reset', 'step', 'totals', 'version'], found"
 
 
 class TestStateDict:
@@ -67,7 +67,7 @@ class TestStateDict:
         empty, full = GAFState().state_dict(), filled(5).state_dict()
         for state_dict in (empty, full):
             assert {name: type(value) for name, value in state_dict.items()} == KINDS
-            assert state_dict["version"] == 3
+            assert state_dict["version"] == 4
             for part in ("totals", "reset", "history"):
                 assert state_dict[part].keys() == full[part].keys()
                 assert {type(numbers) for numbers in state_dict[part].values()} == {list}
@@ -81,8 +81,8 @@ class TestStateDict:
             ({"step": math.nan}, "state_dict's step must be an integer >= 0, found nan"),
             ({"step": 7.0}, "state_dict's step must be an integer >= 0, found 7.0"),
             ({"step": True}, "state_dict's step must be an integer >= 0, found True"),
-            ({"version": 2}, "state_dict's version must be 3, found 2"),
-            ({"version": None}, "state_dict's version must be 3, found None"),
+            ({"version": 2}, "state_dict's version must be 4, found 2"),
+            ({"version": None}, "state_dict's version must be 4, found None"),
             ({"totals": {}}, "totals must hold lists of finite numbers as state_dict() returns them, found {}"),
             ({"totals": None}, "totals must hold lists of finite numbers as state_dict() returns them, found None"),
             ({"reset": {}}, "totals must hold lists of finite numbers as state_dict() returns them, found {}"),

@@ -110,22 +110,23 @@ class Report:
         return "\n".join([f"{first}:", *lines, *self.advice()])
 
     def advice(self) -> list[str]:
-        """Return what to do next, a line each; nothing where all are kept."""
+        """Return what to do next, a sentence or two each; nothing where all are kept."""
         out = self.out_for(10)
-        open_ = [each.rank for each in out if each.condemned_since is None and not each.zero and not each.nonfinite]
         bad = [each.rank for each in out if each.condemned_since is not None]
+        unclear = [each.rank for each in out if each.rank not in bad and not each.nonfinite and not each.zero]
         said = []
         if bad:
-            said.append(f"{_ranks(bad)}: held-out data say it does harm: look at its data and its device.")
-        if open_:
+            said.append(f"Held-out data speak against {_ranks(bad)}: look at its data and its device.")
+        if unclear and all(each.distance is None for each in self.ranks):
+            said.append(f"The others do not agree with {_ranks(unclear)}: look at its data and its device.")
+        elif unclear:
             said.append(
-                f"{_ranks(open_)}: far from the others. Broken, or honest with data of its own? Give the filter "
+                f"{_ranks(unclear).capitalize()} may be broken, or honest with data of its own: give the filter "
                 "held-out data (state.reference), or look at its data and its device."
             )
         if out and self.watch:
-            said.append(
-                f"Watching only, all are averaged: state.watch = False leaves out {_ranks([e.rank for e in out])}."
-            )
+            ranks = _ranks([each.rank for each in out])
+            said.append(f"Watching only, everyone is averaged: state.watch = False leaves out {ranks}.")
         if len(self.ranks) == 2:
             said.append("Two ranks cannot outvote each other: nobody is left out for what its gradient says.")
         return said

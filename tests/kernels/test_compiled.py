@@ -49,7 +49,8 @@ def test_scale_and_correct_do_not_spill(capability: int, dtype: str, tmp_path: P
     from gaf_ddp.kernels import scale_triton
 
     scalars = {name: "*fp64" for name in ("square", "count", "limit", "share", "shares")}
-    types = {"gradient": f"*{dtype}", "total": f"*{dtype}", "numbers": "i32", **scalars}
-    for kernel, fixed in ((scale_triton._scale_kernel, {}), (scale_triton._correct_kernel, {"EXACT": 1e-6})):
+    types = {"gradient": f"*{dtype}", "total": f"*{dtype}", "out": f"*{dtype}", "numbers": "i32", **scalars}
+    kernels = [(scale_triton._scale_kernel, {"IN_PLACE": in_place}) for in_place in (True, False)]
+    for kernel, fixed in (*kernels, (scale_triton._correct_kernel, {"EXACT": 1e-6})):
         fixed = {"BLOCK": scale_triton.BLOCK, **fixed}
         assert spilled_bytes(kernel, types, fixed, scale_triton.WARPS, capability, tmp_path) == 0

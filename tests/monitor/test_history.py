@@ -38,6 +38,7 @@ def told_one_by_one(steps: Steps, rank: int) -> dict[str, float | None]:
             counts["zero"] += is_there and not (each.voters | each.nonfinite | each.overlong)[rank]
             z = math.nan if each.distance is None else float(each.distance[rank])
             points += [] if math.isnan(z) else [(step, min(z, 100.0))]
+    verdicts: dict[str, float | None] = dict.fromkeys(("trusted_since", "condemned_since"))  # random ones have none
     absence = {"first_out": first_out, "out_since": out_since, "longest_out": longest_out}
     weights = [0.99 ** (max(steps) - step) for step, _ in points]
     total = sum(weights)
@@ -46,7 +47,7 @@ def told_one_by_one(steps: Steps, rank: int) -> dict[str, float | None]:
     spread = sum(w * (step - mean_step) ** 2 for w, (step, _) in zip(weights, points, strict=True))
     slope = sum(w * (step - mean_step) * (z - mean_z) for w, (step, z) in zip(weights, points, strict=True)) / spread
     line = {"distance": mean_z, "trend": 100 * slope}
-    return {"kept": kept / present if present else None, **counts, **absence, **line}
+    return {"kept": kept / present if present else None, **counts, **absence, **verdicts, **line}
 
 
 @pytest.mark.parametrize("world_size", [2, 5, 40])

@@ -114,6 +114,7 @@ def test_the_record_is_complete() -> None:
         "overlong": (torch.bool, (4,)),
         "distance": None,  # the consensus rule's
         "flipped": None,
+        "equal": None,
         "trusted": None,
         "condemned": None,
         "finished": None,  # of ballots
