@@ -12,6 +12,7 @@ from gaf_ddp.kernels.gram_triton import OPTIONS, programs_on
 from gaf_ddp.kernels.scale import EXACT
 
 WARPS, BLOCK = 8, 4096  # of a program, and elements that it has in registers
+APART_BLOCK = 2048  # the same, of one that writes elsewhere: its second pointers take registers too
 _NAN = tl.constexpr(float("nan"))
 _INF = tl.constexpr(float("inf"))
 
@@ -32,7 +33,7 @@ def scale(gradient: Tensor, square: Tensor, count: Tensor, limit: Tensor, out: T
     with torch.cuda.device_of(gradient):  # Triton launches on the current device
         _scale_kernel[(_programs(gradient),)](
             gradient, square, count, limit, share, gradient if out is None else out, len(gradient),
-            IN_PLACE=out is None, BLOCK=BLOCK, num_warps=WARPS, **OPTIONS,
+            IN_PLACE=out is None, BLOCK=BLOCK if out is None else APART_BLOCK, num_warps=WARPS, **OPTIONS,
         )  # fmt: skip
     return share
 
@@ -71,7 +72,10 @@ def _scale_kernel(
             # Zeros are written without a look at what was there: NaN times 0 is NaN.
             wanted = (at < numbers) & (tl.full((BLOCK,), 0.0, tl.float32) != factor)
             x = tl.load(gradient + at, mask=wanted, other=0.0).to(tl.float32)
-            tl.store(out + at, (x * factor).to(out.dtype.element_ty), mask=at < numbers)
+            if IN_PLACE:
+                tl.store(gradient + at, (x * factor).to(gradient.dtype.element_ty), mask=at < numbers)
+            else:
+                tl.store(out + at, (x * factor).to(out.dtype.element_ty), mask=at < numbers)
 
 
 @triton.jit

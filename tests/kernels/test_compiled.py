@@ -1,6 +1,7 @@
 """The kernels of folding and scaling compile for GPUs, without a GPU, and keep all they need in registers."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,7 +51,11 @@ def test_scale_and_correct_do_not_spill(capability: int, dtype: str, tmp_path: P
 
     scalars = {name: "*fp64" for name in ("square", "count", "limit", "share", "shares")}
     types = {"gradient": f"*{dtype}", "total": f"*{dtype}", "out": f"*{dtype}", "numbers": "i32", **scalars}
-    kernels = [(scale_triton._scale_kernel, {"IN_PLACE": in_place}) for in_place in (True, False)]
-    for kernel, fixed in (*kernels, (scale_triton._correct_kernel, {"EXACT": 1e-6})):
-        fixed = {"BLOCK": scale_triton.BLOCK, **fixed}
+    scaling, correcting = scale_triton._scale_kernel, scale_triton._correct_kernel
+    kernels: list[tuple[Any, dict[str, Any]]] = [
+        (scaling, {"IN_PLACE": True, "BLOCK": scale_triton.BLOCK}),
+        (scaling, {"IN_PLACE": False, "BLOCK": scale_triton.APART_BLOCK}),
+        (correcting, {"EXACT": 1e-6, "BLOCK": scale_triton.BLOCK}),
+    ]
+    for kernel, fixed in kernels:
         assert spilled_bytes(kernel, types, fixed, scale_triton.WARPS, capability, tmp_path) == 0
