@@ -110,7 +110,7 @@ def assert_one_is_out(outcomes: list[Any]) -> None:
     assert kept[:, [0, 2, 3]].mean() >= 0.9
 
 
-@pytest.mark.parametrize("steps", [60, pytest.param(500, marks=pytest.mark.job)])
+@pytest.mark.parametrize("steps", [30, *(pytest.param(steps, marks=pytest.mark.job) for steps in (60, 500))])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_tensor_parallel_replicas_have_one_verdict_and_do_not_drift(gloo_ranks: Ranks, kind: str, steps: int) -> None:
     assert_one_is_out(gloo_ranks(8, train, kind, steps, timeout=170))
