@@ -17,8 +17,8 @@ cosines with all of them.
 
 A verdict stands until the opposite is shown, and trust ends where the consensus keeps the voter anyway. It is taken
 back, and the one before it holds again, where the held-out loss, at the second temperature, is a tenth larger at the
-next reading; trust ends also where the loss has doubled since. f_j starts at 1, and doubles with each condemnation that was taken back. Evidence is held while
-a voter is on the other side, and is 0 after a verdict.
+next reading; trust ends also where the loss has doubled since. f_j starts at 1, and doubles with each condemnation
+that was taken back. Evidence is held while a voter is on the other side, and is 0 after a verdict.
 """
 
 import math
