@@ -1,8 +1,8 @@
 """The documentation's Python is real: its blocks run on four ranks, and print what the page says.
 
 A block that is not run says so in its title, `title="not run: …"`, which the page shows. A block titled `NAME.py` is a
-whole script, and runs on each rank as under torchrun. What follows a block, titled `prints`, is what rank 0 prints; numbers and the
-machine's name may differ.
+whole script, and runs on each rank as under torchrun. What follows a block, titled `prints`, is what rank 0 prints;
+numbers and the machine's name may differ.
 """
 
 import contextlib

@@ -8,7 +8,7 @@ import griffe
 _GROUP = re.compile(r"^((?:Which|For) [^\n:]+):$", re.MULTILINE)
 
 
-class Sections(griffe.Extension):
+class Sections(griffe.Extension):  # type: ignore[misc]
     """Names the groups as griffe's Google style wants them, before a docstring is parsed."""
 
     def on_class(self, *, cls: Any, **_: Any) -> None:
