@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -100,20 +99,36 @@ def scene(rank: int, code: str) -> dict[str, Any]:
     return found
 
 
-def run_short(device: torch.device, folder: str) -> list[str]:
-    """Run all short blocks on this rank; return what each printed."""
+def run_blocks(device: torch.device, folder: str, ports: list[int]) -> list[str]:
+    """Run all blocks on this rank, the scripts last, as torchrun would; return what each printed."""
     os.chdir(folder)
-    printed = []
-    for block in SHORT:
-        out = io.StringIO()
-        try:
-            with contextlib.redirect_stdout(out):
-                exec(compile(block.code, block.where, "exec"), scene(dist.get_rank(), block.code))
-        except Exception:
-            raise AssertionError(f"{block.where}\n{traceback.format_exc()}") from None
-        printed.append(out.getvalue())
-        dist.barrier()
+    rank = dist.get_rank()
+    printed = [run(block, scene(rank, block.code)) for block in SHORT]
+    dist.destroy_process_group()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1")
+    for block, port in zip(SCRIPTS, ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        printed.append(run(block, {"__name__": "__main__"}))
     return printed
+
+
+def run(block: Block, names: dict[str, Any]) -> str:
+    """Run a block with these names; return what it printed, once all ranks are done."""
+    out = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out):
+            exec(compile(block.code, block.where, "exec"), names)
+    except Exception:
+        raise AssertionError(f"{block.where}\n{traceback.format_exc()}") from None
+    if dist.is_initialized():
+        dist.barrier()
+    return out.getvalue()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
 
 
 def alike(text: str) -> str:
@@ -123,35 +138,13 @@ def alike(text: str) -> str:
     return re.sub(r" +", " ", text).strip()
 
 
-def test_short_blocks_run_and_print_what_the_page_says(gloo_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+def test_blocks_run_and_print_what_the_page_says(gloo_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
     assert SHORT
-    printed = gloo_ranks(RANKS, run_short, str(tmp_path))[0]
-    both = list(zip(SHORT, printed, strict=True))
+    assert SCRIPTS
+    printed = gloo_ranks(RANKS, run_blocks, str(tmp_path), [free_port() for _ in SCRIPTS], timeout=150)[0]
+    both = list(zip(SHORT + SCRIPTS, printed, strict=True))
     wrong = [f"{b.where} printed\n{out}" for b, out in both if b.prints is not None and alike(out) != alike(b.prints)]
     assert not wrong, "\n".join(wrong)
-
-
-def run_script(device: torch.device, code: str, where: str, port: int, folder: str) -> str:
-    """Run a script on this rank as torchrun would; return what it printed."""
-    rank = str(dist.get_rank())
-    dist.destroy_process_group()
-    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.chdir(folder)
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        exec(compile(code, where, "exec"), {"__name__": "__main__"})
-    return out.getvalue()
-
-
-@pytest.mark.parametrize("block", SCRIPTS, ids=lambda block: block.title)
-def test_scripts_run_and_print_what_the_page_says(
-    block: Block, gloo_ranks: Callable[..., list[Any]], tmp_path: Path
-) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    printed = "".join(gloo_ranks(RANKS, run_script, block.code, block.where, port, str(tmp_path)))
-    if block.prints is not None:
-        assert alike(printed) == alike(block.prints), f"{block.where} printed\n{printed}"
 
 
 def test_what_is_not_run_says_so() -> None:
