@@ -10,7 +10,7 @@ from gaf_ddp.monitor.sentences import sentences
 from gaf_ddp.monitor.table import HEAD, rows
 
 SECONDS = 2.0  # between two looks at the file
-_BARS, _LATELY = "▁▂▃▄▅▆▇█", 24  # records
+_BARS, _LATELY = "▁▂▃▄▅▆▇█", 16  # records
 
 
 def follow(path: Path, show: Callable[[list[Record]], None], pause: Callable[[], None] | None = None) -> None:
@@ -58,10 +58,12 @@ def view(path: Path, records: Sequence[Record]) -> Any:
     said = [Text(title(path, records), style="bold")]
     if not records:
         return Group(*said, Text("Waiting for the job's first record. Ctrl-C ends."))
-    table = Table(*HEAD, "kept lately")
+    table = Table(*HEAD[:-1])
+    table.add_column("kept lately", min_width=_LATELY)
+    table.add_column(HEAD[-1], overflow="fold")
     for out, row in rows(records[-1]):
         bars = "".join(_bar(record["ranks"][int(row[0])]["kept"]) for record in records[-_LATELY:])
-        table.add_row(*map(Text, [*row, bars]), style="bold red" if out else None)
+        table.add_row(*map(Text, [*row[:-1], bars, row[-1]]), style="bold red" if out else None)
     return Group(*said, *map(Text, sentences(records)), table, Text("Drawn again as the job writes. Ctrl-C ends."))
 
 

@@ -66,8 +66,8 @@ class TestTerminal:
         assert "Rank 1 on node-0 is out since step 301" in shown
         rows = [re.split(r"\s*│\s*", line.strip("│ ")) for line in shown.splitlines() if line.startswith("│")]
         assert [row[0] for row in rows] == ["1", "0", "2", "3"]
-        assert rows[0] == ["1", "0 %", "10.0", "-", "-", "-", "node-0", "███▁▁"]
-        assert rows[2][-1] == "█▁███"
+        assert rows[0] == ["1", "0 %", "10.0", "-", "-", "-", "███▁▁", "node-0"]
+        assert rows[2][-2] == "█▁███"
 
     def test_has_what_held_out_data_found_and_waits_for_a_first_record(self, tmp_path: Path) -> None:
         shown = _shown(tmp_path / "log", [record(200, [1, 0.6, None, 1], **VERDICTS)])
