@@ -94,7 +94,7 @@ def _is_whole(path: Path) -> bool:
 def _loaded(path: Path, plan: Plan) -> dict[str, Any]:
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        version, changed = content["version"], differences(content["settings"], plan, content["run"])
+        version, changed = content["version"], differences(content["settings"], plan, content.get("run", 0))
     except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError) as error:
         raise SettingsError(f"{_RULE}, found {path} ({type(error).__name__})") from error
     if version != _VERSION:
