@@ -16,7 +16,7 @@ DESCRIPTION = """\
 Train a classifier under DistributedDataParallel, with and without Gradient Agreement Filtering.
 Without arguments: scikit-learn's digits, one rank with wrong labels, averaging against the filters."""
 
-BASELINE_AND_FILTERS = ("average", "gaf", "consensus")
+BASELINE_AND_FILTERS = ("average", "tau", "consensus")
 EPILOG = """\
 All flags must be the same on every rank. Exit codes: 0 all is done; 2 a setting, a file or a disk must be mended,
 as the last line says; 143 SIGTERM came, the job is saved and goes on with --resume; 1 anything else.
@@ -89,22 +89,22 @@ def _add_filter(group: argparse._ArgumentGroup) -> None:
         default=None,
         const=BASELINE_AND_FILTERS,
         metavar="METHODS",
-        help="train with each of these, from the same seeds; without --method: average,gaf,consensus",
+        help="train with each of these, from the same seeds; without --method: average,tau,consensus",
     )
     add = group.add_argument
     add(
         "--tau",
         type=_number(float, 0, 2),
         default=0.9,
-        help="gaf and paper: ranks agree up to this cosine distance",
+        help="tau and paper: ranks agree up to this cosine distance",
     )
     add(
         "--scope",
         choices=("model", "bucket"),
         default=None,
-        help="gaf and paper: one decision per step, or per bucket; unset: model",
+        help="tau and paper: one decision per step, or per bucket; unset: model",
     )
-    add("--exchange", choices=("auto", "sharded", "gather"), default="auto", help="gaf and paper: how gradients travel")
+    add("--exchange", choices=("auto", "sharded", "gather"), default="auto", help="tau and paper: how gradients travel")
     add("--wire-dtype", choices=("bf16", "fp16"), default=None, help="send gradients in this dtype")
     add(
         "--max-norm-ratio",

@@ -21,11 +21,11 @@ from launch.settings import Plan
 # From tau to the rule that chooses ranks; None for plain averaging, which is DDP with no hook.
 METHODS: dict[str, Callable[[float], Callable[[Tensor], Tensor]] | None] = {
     "average": None,
-    "gaf": NeighborhoodAgreement,
+    "tau": NeighborhoodAgreement,
     "consensus": lambda _: ConsensusAgreement(),  # what GAFState() is without settings
     "paper": SequentialAgreement,
 }
-NAMES = {"average": "averaging", "gaf": "GAF", "consensus": "consensus", "paper": "paper's GAF"}
+NAMES = {"average": "averaging", "tau": "tau", "consensus": "consensus", "paper": "paper"}
 WIRE_DTYPES = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

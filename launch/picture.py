@@ -15,8 +15,8 @@ from launch.records import Record, Result, results, spread
 from launch.settings import Plan
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-COLOURS = {"average": "#666666", "gaf": "#0072B2", "consensus": "#009E73", "paper": "#CC79A7"}
-DASHES = {"average": ":", "gaf": "--", "consensus": "-", "paper": "-."}  # as a line is told apart in grey, too
+COLOURS = {"average": "#666666", "tau": "#0072B2", "consensus": "#009E73", "paper": "#CC79A7"}
+DASHES = {"average": ":", "tau": "--", "consensus": "-", "paper": "-."}  # as a line is told apart in grey, too
 WRONG = "#D55E00"
 STYLE: dict[Any, Any] = {"font.size": 11, "font.family": "DejaVu Sans", "axes.titlesize": 12, "axes.titlepad": 14}
 BLANK = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}

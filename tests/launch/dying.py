@@ -10,7 +10,7 @@ import launch.train
 from launch.trainer import Trainer
 
 # Of each start: the rank, the method, and the call of backward in it that does not end.
-DEATHS = [(1, "gaf", 7), (0, "gaf", 3), (1, "gaf", 6), (1, "paper", 2), (0, "paper", 12)]
+DEATHS = [(1, "tau", 7), (0, "tau", 3), (1, "tau", 6), (1, "paper", 2), (0, "paper", 12)]
 
 
 class _Dying(Trainer):

@@ -21,7 +21,7 @@ from launch.settings import Plan
 from tests.launch.jobs import make_plan
 
 HERE = Here(rank=0, world=1, local_rank=0, device=torch.device("cpu"), group=None)
-RECORD = Record("gaf", 0, 20, 50.0, 1.0, 0.1, 0.1, [0.9, 0.2], None)
+RECORD = Record("tau", 0, 20, 50.0, 1.0, 0.1, 0.1, [0.9, 0.2], None)
 PROGRESS = Progress(run=1, step=20, trainer={"model": {"weight": torch.ones(3)}}, records=[RECORD])
 
 

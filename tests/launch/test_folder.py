@@ -82,7 +82,7 @@ def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 
 # The checkpoint of this job takes 160 kB.
-JOB = ["--steps", 8, "--eval-every", 2, "--checkpoint-every", 4, "--method", "gaf", "--seeds", 1]
+JOB = ["--steps", 8, "--eval-every", 2, "--checkpoint-every", 4, "--method", "tau", "--seeds", 1]
 CANNOT_WRITE = "launch.train: error: on rank 0: --out must be a folder this job can write, found {} ({})\n"
 
 

@@ -15,7 +15,7 @@ import pytest
 from tests.launch.jobs import REPOSITORY, assert_same_job
 from tests.launch.stand_ins import LAUNCH, Tools, output_of, stand_ins
 
-JOB = ["--seeds", "1", "--steps", "20", "--method", "gaf", "--corrupt-ranks", "1"]
+JOB = ["--seeds", "1", "--steps", "20", "--method", "tau", "--corrupt-ranks", "1"]
 TIMEOUT = 120.0  # seconds for a job of about ten
 
 

@@ -19,29 +19,29 @@ from tools.ranks import RankError
 def test_filter_beats_averaging_and_the_paper_needs_a_good_first_rank(gloo_ranks: RunRanks, tmp_path: Path) -> None:
     """The demonstration in small, with wrong labels on rank 0.
 
-    On 4 ranks, over 3 seeds and 400 steps, the final accuracies are about 91, 96 (GAF) and 61 (paper).
+    On 4 ranks, over 3 seeds and 400 steps, the final accuracies are about 91, 96 (tau) and 61 (paper).
     """
-    job = ["--compare", "average,gaf,paper", "--corrupt-ranks", 0, "--seeds", 1, "--batch-size", 26]
+    job = ["--compare", "average,tau,paper", "--corrupt-ranks", 0, "--seeds", 1, "--batch-size", 26]
     outcomes = run_job(gloo_ranks, 3, [*job, "--steps", 150, "--out", tmp_path])
     assert [outcome.code for outcome in outcomes] == [0] * 3
     final = {method: runs[0].final for method, runs in job_results(tmp_path).items()}
-    assert final["gaf"] > final["average"] + 1.5
+    assert final["tau"] > final["average"] + 1.5
     assert final["paper"] < final["average"] - 10
-    kept = job_results(tmp_path)["gaf"][0].kept
+    kept = job_results(tmp_path)["tau"][0].kept
     assert kept[0] < min(kept[1:]) - 0.2
-    assert all(name in outcomes[0].out for name in ("averaging", "GAF", "paper's GAF", "rank 0!"))
+    assert all(name in outcomes[0].out for name in ("averaging", "tau", "paper", "rank 0!"))
     assert [outcome.out for outcome in outcomes[1:]] == [""] * 2
 
 
 @pytest.mark.job
 def test_other_options_work_together(gloo_ranks: RunRanks, tmp_path: Path) -> None:
-    job = "--data digits --model conv --augment --label-noise 0.2 --corrupt-ranks none --compare gaf,average "
+    job = "--data digits --model conv --augment --label-noise 0.2 --corrupt-ranks none --compare tau,average "
     job += "--scope bucket --exchange gather --wire-dtype bf16 --max-norm-ratio none --start-step 3 --tau 1.2 "
     job += "--optimizer adamw --lr 0.002 --schedule cosine --amp bf16 --epochs 0.2 --seeds 2 --seed 7"
     assert [outcome.code for outcome in run_job(gloo_ranks, 2, [*job.split(), "--out", tmp_path])] == [0, 0]
     outcome = job_results(tmp_path)
     assert {method: [run.seed for run in runs] for method, runs in outcome.items()} == {
-        "gaf": [7, 8],
+        "tau": [7, 8],
         "average": [7, 8],
     }
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -105,7 +105,7 @@ def _break_in_training(device: torch.device, port: int, arguments: list[str]) ->
 
 @pytest.mark.job
 def test_an_error_in_training_leaves_no_rank_hanging(gloo_ranks: RunRanks, tmp_path: Path) -> None:
-    arguments = ["--method", "gaf", "--steps", "50", "--out", str(tmp_path)]
+    arguments = ["--method", "tau", "--steps", "50", "--out", str(tmp_path)]
     with pytest.raises(RankError) as caught:
         run_job(gloo_ranks, 3, arguments, body=_break_in_training)
     assert {rank: text for rank, text in caught.value.failures.items() if "exit code 1" not in text} == {}

@@ -14,13 +14,13 @@ from launch.settings import Plan
 from tests.launch.jobs import make_plan
 
 
-def _record(method: str = "gaf", seed: int = 0, step: int = 20, accuracy: float = 50.0, **other: object) -> Record:
+def _record(method: str = "tau", seed: int = 0, step: int = 20, accuracy: float = 50.0, **other: object) -> Record:
     values = {"loss": 1.0, "lr": 0.1, "skipped": 0.1, "kept": [0.9, 0.2, 0.9, 0.8], "cosine": 0.1}
     return Record(method=method, seed=seed, step=step, accuracy=accuracy, **{**values, **other})  # type: ignore[arg-type]
 
 
 def _run(plan: Plan) -> list[Record]:
-    gain = {"average": 0.0, "gaf": 5.0, "consensus": 6.0, "paper": 3.0}
+    gain = {"average": 0.0, "tau": 5.0, "consensus": 6.0, "paper": 3.0}
     return [
         _record(method, seed, step, 80 + gain[method] + seed + step / 40, kept=[0.9] * plan.world)
         for seed, method in plan.runs
@@ -49,7 +49,7 @@ def test_results_are_grouped_by_method_with_one_per_seed() -> None:
     outcome = results(_run(make_plan("--seeds", 3)))
     assert {method: [run.seed for run in runs] for method, runs in outcome.items()} == {
         "average": [0, 1, 2],
-        "gaf": [0, 1, 2],
+        "tau": [0, 1, 2],
         "consensus": [0, 1, 2],
     }
 
@@ -63,18 +63,18 @@ def test_a_record_is_one_line_of_json_even_with_nan() -> None:
 
 
 def test_table_of_one_seed() -> None:
-    records = [_record("average", kept=[1.0] * 4, skipped=0.0, accuracy=42.0), _record("gaf", accuracy=84.0)]
+    records = [_record("average", kept=[1.0] * 4, skipped=0.0, accuracy=42.0), _record("tau", accuracy=84.0)]
     assert tabulate(results(records), make_plan("--seeds", 1)).splitlines() == [
         "   method  final accuracy  best  skipped  kept: rank 0  rank 1!  rank 2  rank 3",
         "averaging            42.0  42.0       0%          100%     100%    100%    100%",
-        "      GAF            84.0  84.0      10%           90%      20%     90%     80%",
+        "      tau            84.0  84.0      10%           90%      20%     90%     80%",
         "final: mean of the last 3 evaluations, in percent of clean test data; !: trains on wrong labels",
     ]
 
 
 def test_table_of_several_seeds_shows_the_deviation() -> None:
     records = [_record(seed=seed, accuracy=accuracy) for seed, accuracy in enumerate([80.0, 90.0, 85.0])]
-    table = tabulate(results(records), make_plan("--seeds", 3, "--method", "gaf"))
+    table = tabulate(results(records), make_plan("--seeds", 3, "--method", "tau"))
     assert "85.0 ± 5.0" in table
     assert "over 3 seeds" in table
 
@@ -82,7 +82,7 @@ def test_table_of_several_seeds_shows_the_deviation() -> None:
 def test_table_says_what_to_do_when_most_steps_are_skipped() -> None:
     plan = make_plan()
     texts = [tabulate(results([_record(skipped=share)]), plan) for share in (0.4, 0.6)]
-    assert ["GAF skipped most steps: a larger --tau or --batch-size may help" in text for text in texts] == [
+    assert ["tau skipped most steps: a larger --tau or --batch-size may help" in text for text in texts] == [
         False,
         True,
     ]
@@ -101,8 +101,8 @@ def test_table_of_many_ranks_has_a_column_for_each_kind() -> None:
     [
         ([], 4),
         (["--method", "average", "--corrupt-ranks", "none", "--seeds", 1], 1),
-        (["--compare", "average,gaf,consensus,paper", "--corrupt-ranks", "0,3,6", "--label-noise", 0.4], 8),
-        (["--method", "gaf", "--corrupt-ranks", "3,17"], 64),
+        (["--compare", "average,tau,consensus,paper", "--corrupt-ranks", "0,3,6", "--label-noise", 0.4], 8),
+        (["--method", "tau", "--corrupt-ranks", "3,17"], 64),
     ],
 )
 def test_picture_is_drawn_for_every_kind_of_job(tmp_path: Path, arguments: list[object], world: int) -> None:
@@ -134,7 +134,7 @@ def test_report_leaves_every_file_and_shows_the_table(tmp_path: Path, capsys: py
     assert len(list(plan.out.glob("tensorboard/*/events.*"))) == 3
     shown = capsys.readouterr()
     assert (plan.out / "table.txt").read_text() in shown.out
-    assert "GAF, seed 0: step 400/400, accuracy 95.0 %" in shown.err
+    assert "tau, seed 0: step 400/400, accuracy 95.0 %" in shown.err
 
 
 def test_report_of_a_resumed_job_starts_from_its_records(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_a_job_can_go_on_with_fewer_ranks(gloo_ranks: RunRanks, tmp_path: Path) 
     with pytest.raises(RankError):
         run_job_until_power_cut(gloo_ranks, 3, job, saves=3)
     assert [outcome.code for outcome in run_job(gloo_ranks, 2, job)] == [0, 0]
-    last = job_results(tmp_path)["gaf"][0]
+    last = job_results(tmp_path)["tau"][0]
     assert len(last.kept) == 2
     assert last.final > 60
 
@@ -85,7 +85,7 @@ def test_a_finished_job_is_shown_again_and_not_overwritten(gloo_ranks: RunRanks,
 
 @pytest.mark.job
 def test_a_finished_job_goes_on_to_more_steps_with_the_same_bits(gloo_ranks: RunRanks, tmp_path: Path) -> None:
-    job = [*SEVERAL_BUCKETS, "--method", "gaf"]
+    job = [*SEVERAL_BUCKETS, "--method", "tau"]
     for out, steps in (("whole", 16), ("longer", 12), ("longer", 16)):
         outcomes = run_job(gloo_ranks, 2, [*job, "--steps", steps, "--out", tmp_path / out, "--resume"])
         assert [outcome.code for outcome in outcomes] == [0, 0]
@@ -114,7 +114,7 @@ def test_sigterm_saves_all_and_the_job_ends_with_the_same_bits(
     job = [*SEVERAL_BUCKETS, "--out", tmp_path, "--resume"]
     outcomes = run_job(gloo_ranks, 3, job, body=_sigterm_on_rank_1)
     assert [outcome.code for outcome in outcomes] == [143, 143, 143]
-    last = f"stopped by SIGTERM at step 5 of gaf, seed 0; go on with --out {tmp_path} --resume"
+    last = f"stopped by SIGTERM at step 5 of tau, seed 0; go on with --out {tmp_path} --resume"
     assert outcomes[0].err.splitlines()[-1] == f"launch.train: {last}"
     (outcome, *_) = run_job(gloo_ranks, 3, job)
     assert "going on with run 2 at step 5" in outcome.err
@@ -126,9 +126,9 @@ def test_sigterm_saves_all_and_the_job_ends_with_the_same_bits(
 @pytest.mark.timeout(500)
 def test_torchrun_starts_a_job_again_whose_ranks_are_killed(gloo_ranks: RunRanks, tmp_path: Path) -> None:
     """Five times in a row, each time another rank or at another step; no variable is set."""
-    run_job(gloo_ranks, 2, [*SEVERAL_BUCKETS, "--compare", "gaf,paper", "--out", tmp_path / "whole"])
+    run_job(gloo_ranks, 2, [*SEVERAL_BUCKETS, "--compare", "tau,paper", "--out", tmp_path / "whole"])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    job = [*SEVERAL_BUCKETS, "--compare", "gaf,paper", "--out", tmp_path / "killed", "--resume"]
+    job = [*SEVERAL_BUCKETS, "--compare", "tau,paper", "--out", tmp_path / "killed", "--resume"]
     done = subprocess.run(
         [*torchrun, "--max-restarts", str(len(DEATHS)), "-m", "tests.launch.dying", *map(str, job)],
         env=environment(OMP_NUM_THREADS="1"),

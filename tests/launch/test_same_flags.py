@@ -22,8 +22,8 @@ DIFFERENT = [
     ("--weight-decay 0", "--weight-decay must be the same on every rank, found 0.0001 on rank 0 and 0.0 on"),
     ("--optimizer adam", "--optimizer must be the same on every rank, found sgd on rank 0 and adam on rank 2"),
     (
-        "--method gaf",
-        "--method or --compare must be the same on every rank, found average,gaf,consensus on rank 0",
+        "--method tau",
+        "--method or --compare must be the same on every rank, found average,tau,consensus on rank 0",
     ),
     ("--eval-every 3", "--eval-every must be the same on every rank, found unset on rank 0 and 3 on rank 2"),
     ("--resume", "--resume must be the same on every rank, found False on rank 0 and True on rank 2"),

@@ -14,7 +14,7 @@ from tests.launch.jobs import make_plan
 def test_the_demonstration_needs_no_arguments() -> None:
     settings = parse([])
     assert settings.data == "digits"
-    assert settings.methods == ("average", "gaf", "consensus")
+    assert settings.methods == ("average", "tau", "consensus")
     assert (settings.tau, settings.scope, settings.batch_size, settings.lr) == (0.9, None, 20, 0.05)
     assert not settings.download
     demonstration = make_plan()
@@ -33,17 +33,17 @@ def test_the_demonstration_needs_no_arguments() -> None:
         ("--label-noise 1.1", r"--label-noise: must be a number in \[0, 1\], found '1.1'"),
         ("--corrupt-ranks one", "--corrupt-ranks: must be ranks as in 0,3, or none; found 'one'"),
         (
-            "--compare gaf,gaf",
-            "--compare: must be different methods out of average,gaf,consensus,paper; found 'gaf,gaf'",
+            "--compare tau,tau",
+            "--compare: must be different methods out of average,tau,consensus,paper; found 'tau,tau'",
         ),
         (
             "--compare mean",
-            "--compare: must be different methods out of average,gaf,consensus,paper; found 'mean'",
+            "--compare: must be different methods out of average,tau,consensus,paper; found 'mean'",
         ),
         ("--data mnist", "--data: invalid choice: 'mnist'"),
         ("--max-norm-ratio 0.5", "--max-norm-ratio: must be a number at least 1, found '0.5'"),
         ("--steps 5 --epochs 1", "--epochs: not allowed with argument --steps"),
-        ("--method gaf --compare", "--compare: not allowed with argument --method"),
+        ("--method tau --compare", "--compare: not allowed with argument --method"),
         ("--resume", "--resume needs --out"),
         ("--nonsense", "unrecognized arguments: --nonsense"),
     ],
@@ -86,7 +86,7 @@ def test_runs_pair_the_methods_of_each_seed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "methods"), [("--method gaf", ("gaf",)), ("--compare", ("average", "gaf", "consensus"))]
+    ("method", "methods"), [("--method tau", ("tau",)), ("--compare", ("average", "tau", "consensus"))]
 )
 def test_one_method_or_several(method: str, methods: tuple[str, ...]) -> None:
     assert parse(method.split()).methods == methods

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from launch.trainer import Trainer
 from tests.launch.jobs import Outcome, RunRanks, rank_of_job, run_job
 
-JOB = ["--compare", "average,gaf", "--seeds", 1, "--steps", 12, "--check-every", 3, "--audit-every", 4]
+JOB = ["--compare", "average,tau", "--seeds", 1, "--steps", 12, "--check-every", 3, "--audit-every", 4]
 
 
 def _rank_1_is_broken(device: torch.device, port: int, arguments: list[str]) -> Outcome:
