@@ -16,7 +16,7 @@ shares of it agree: where honest ranks that differ hold each other in balance, v
 cosines with all of them.
 
 A verdict stands until the opposite is shown, and trust ends where the consensus keeps the voter anyway. It is taken
-back, and the one before it holds again, where the held-out loss, at the second temperature, is a tenth larger at the
+back, and the one before it holds again, where the held-out loss, at the second temperature, is 5 % larger at the
 next reading; trust ends also where the loss has doubled since. f_j starts at 1, and doubles with each condemnation
 that was taken back. Evidence is held while a voter is on the other side, and is 0 after a verdict.
 """
@@ -34,7 +34,7 @@ TRUSTED, CONDEMNED = 1.0, -1.0
 _AGAINST, _FOR, _MOST = 1.0, 0.5, 0.4  # evidence for a verdict, and the most that one reading adds
 _IN, _IN_WHILE_WELL, _OUT, _OUT_ONCE_CONDEMNED = 0.1, 0.4, 0.2, 0.4  # what cosines must exceed to be evidence
 _SIGNAL = 0.2  # of a reading, the least part that shares must have in common
-_FALLS, _WORSE, _MUCH_WORSE = 0.98, 1.1, 2.0  # ratios of the held-out loss: to the last reading's, to a verdict's
+_FALLS, _WORSE, _MUCH_WORSE = 0.98, 1.05, 2.0  # ratios of the held-out loss: to the last reading's, to a verdict's
 
 
 class Reading(NamedTuple):

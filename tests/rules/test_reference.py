@@ -27,7 +27,7 @@ class Plainly:
         """Take in one reading."""
         kept = list(kept)
         for j in range(len(kept)):
-            limit = 1.1 if self.age[j] == 0 else 2.0 if self.verdict[j] == TRUSTED else math.inf
+            limit = 1.05 if self.age[j] == 0 else 2.0 if self.verdict[j] == TRUSTED else math.inf
             if self.verdict[j] and loss > limit * self.loss[j]:
                 kept[j] = self.verdict[j] == CONDEMNED
                 self.f[j] *= 2 if self.verdict[j] == CONDEMNED else 1
