@@ -46,7 +46,7 @@ def test_it_fits() -> None:
 
 @pytest.mark.job
 def test_its_script_names_the_rank_with_wrong_labels_as_it_says(tmp_path: Path) -> None:
-    script, said = tmp_path / "train.py", README.split("```\n\n```\n")[1].split("```")[0].splitlines()
+    script, said = tmp_path / "train.py", README.split("```\n```\n")[1].split("```")[0].splitlines()
     script.write_text(next(block for block in blocks("python") if block.startswith("# train.py")))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
