@@ -94,13 +94,15 @@ def _is_whole(path: Path) -> bool:
 def _loaded(path: Path, plan: Plan) -> dict[str, Any]:
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        version, changed = content["version"], differences(content["settings"], plan)
+        version, changed = content["version"], differences(content["settings"], plan, content.get("run", 0))
     except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError) as error:
         raise SettingsError(f"{_RULE}, found {path} ({type(error).__name__})") from error
     if version != _VERSION:
         raise SettingsError(f"{_RULE} in version {_VERSION}, found {path} in version {version}")
     if changed:
-        raise SettingsError(f"--resume must keep the settings of {path}, found others: {', '.join(changed)}")
+        rule = f"--resume must keep the settings of {path}, found others: {', '.join(changed)}"
+        more = any(each.startswith(("--steps", "--epochs")) for each in changed)
+        raise SettingsError(rule + ("; steps can be added in a job's first run, with --schedule none" if more else ""))
     return content
 
 

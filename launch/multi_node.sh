@@ -45,8 +45,7 @@ if [[ $own_address != 127.* && $own_address != ::1 ]]; then
   [[ $own_address != "$host_address" ]] || network+=(--rdzv-conf is_host=1)
 fi
 
-# Else ranks that are started again find, in the store they share with torchrun, the addresses of those that died,
-# and wait for them: torch 2.14 on gloo, with plain DDP too.
+# Else the ranks of machines that are left look for the store of a machine that went: torchrun keeps its first address.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 exec torchrun --nnodes "$NODES" --nproc-per-node "$GPUS" --max-restarts "${RESTARTS:-0}" \

@@ -14,9 +14,11 @@ from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from launch.errors import LaunchError, SettingsError
 from launch.messages import gathered
+from launch.starts import store_of_this_start, tell_torchrun
 
 T = TypeVar("T")
 
@@ -44,12 +46,14 @@ def connected() -> Iterator[None]:
     After an error this process ends at once, and torchrun ends the others. A clean exit would first wait for
     threads that may themselves be waiting, in the middle of a collective, for ranks that wait for this one.
     """
-    dist.init_process_group("gloo")
+    store, rank, world = next(rendezvous("env://"))
+    dist.init_process_group("gloo", store=store_of_this_start(store, rank, world), rank=rank, world_size=world)
     try:
         yield
     except BaseException:
         traceback.print_exc()
-        print(f"launch.train: error: rank {os.environ['RANK']} failed, as above", file=sys.stderr, flush=True)
+        tell_torchrun(traceback.format_exc())
+        print(f"launch.train: error: rank {rank} failed, as above", file=sys.stderr, flush=True)
         os._exit(1)
     dist.barrier()
     dist.destroy_process_group()

@@ -11,6 +11,8 @@ from launch.errors import SettingsError
 # A job stopped and resumed may change these: they have no part in the numbers it computes.
 FREE_TO_CHANGE = ("data_dir", "download", "workers", "device", "out", "resume", "checkpoint_every", "world",
                   "check_every", "audit_every")  # fmt: skip
+# So may a job that is to be longer than it was.
+FREE_FOR_MORE_STEPS = ("steps", "epochs", "eval_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,15 +111,25 @@ def _corrupt_ranks(settings: Settings, world: int) -> tuple[int, ...]:
     return tuple(sorted(set(settings.corrupt_ranks)))
 
 
-def differences(saved: Mapping[str, object], now: Plan) -> list[str]:
-    """Return which settings keep `now` from going on where a job with the `saved` ones stopped."""
+def differences(saved: Mapping[str, object], now: Plan, run: int = 0) -> list[str]:
+    """Return which settings keep `now` from going on where a job with the `saved` ones stopped, in that run."""
     before, after = as_flags(saved), as_flags(now.as_plain())
-    free = as_flags(dict.fromkeys(FREE_TO_CHANGE))
+    more = FREE_FOR_MORE_STEPS if can_grow(saved, now, run) else ()
+    free = as_flags(dict.fromkeys([*FREE_TO_CHANGE, *more]))
     return [
         f"{flag} (was {before.get(flag)}, now {value})"
         for flag, value in after.items()
         if flag not in free and before.get(flag) != value
     ]
+
+
+def can_grow(saved: Mapping[str, object], now: Plan, run: int) -> bool:
+    """Return whether a saved job can go on to more steps, to the numbers it would have had with them at once.
+
+    Runs before the saved one have ended for good, and a schedule that ends with the steps has used them up.
+    """
+    before = saved.get("steps")
+    return isinstance(before, int) and now.steps > before and run == 0 and now.schedule == "none"
 
 
 def as_flags(plain: Mapping[str, object]) -> dict[str, str]:

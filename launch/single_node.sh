@@ -14,8 +14,4 @@ gpus_here() { nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true; }
 GPUS=${GPUS:-$(gpus_here)}
 [[ $GPUS != 0 ]] || GPUS=4
 
-# Else ranks that are started again find, in the store they share with torchrun, the addresses of those that died,
-# and wait for them: torch 2.14 on gloo, with plain DDP too.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-
 exec torchrun --standalone --nproc-per-node "$GPUS" --max-restarts "${RESTARTS:-0}" -m launch.train "$@"

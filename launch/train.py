@@ -27,6 +27,7 @@ from launch.ranks import Here, connected, take_place, together
 from launch.records import Record
 from launch.report import FullReport, Report
 from launch.settings import Plan, Settings, as_flags, plan
+from launch.starts import tell_torchrun
 from launch.stop import EXIT_CODE, Stop, Stopped
 from launch.trainer import Trainer
 
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say(text: str) -> None:
+    tell_torchrun(f"launch.train: {text}")
     if os.environ["RANK"] == "0":
         print(f"launch.train: {text}", file=sys.stderr, flush=True)
 

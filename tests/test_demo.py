@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from gaf_ddp.demo import parse, points
-from gaf_ddp.monitor.report import absences, read
+from gaf_ddp.monitor.absences import absences
+from gaf_ddp.monitor.logfile import read
 from tests.launch.jobs import environment
 
 

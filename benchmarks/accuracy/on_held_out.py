@@ -6,7 +6,7 @@ from benchmarks.accuracy.arms import CARELESS
 from benchmarks.accuracy.declare import Experiment, Fault, Labels, Run
 from benchmarks.accuracy.on_digits import digits_run
 
-FIRST_SEED = 8  # the rule's constants were chosen on seeds 0 to 7 of digits and 0 to 5 of small CIFAR
+FIRST_SEED = 13  # the rule's constants were chosen on seeds 0 to 12 of digits and 0 to 5 of small CIFAR
 ARMS = ("averaging", "best lr", "consensus", "reference", "reference: random members", "oracle")
 EIGHT_CLASSES = tuple(range(8))
 ONE_ALONE = Labels("own classes", classes=(EIGHT_CLASSES, EIGHT_CLASSES, EIGHT_CLASSES, (8, 9)))

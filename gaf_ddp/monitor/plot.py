@@ -1,5 +1,6 @@
 """The picture of a log: how often each rank was kept, and how far it was from the consensus, over the steps."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from gaf_ddp.monitor.report import absences, edges, name
-
-Record = dict[str, Any]
+from gaf_ddp.monitor.absences import absences
+from gaf_ddp.monitor.logfile import Record, edges, name
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-_FINE, _OUT = "#0072B2", "#D55E00"
+_FINE, _OUT, _LINE = "#0072B2", "#D55E00", "#e6e6e6"
 _KEPT = LinearSegmentedColormap.from_list("kept", [_OUT, "#f3f3f3", "#9fc8e3"])
 _STYLE: dict[Any, Any] = {
     "font.size": 11,
@@ -22,6 +22,16 @@ _STYLE: dict[Any, Any] = {
     "axes.titlesize": 12,
     "axes.titlelocation": "left",
 }
+# Within a page, ink and paper are the page's own; until then they are these, which nothing else is.
+_INK, _PAPER = "#010203", "#fcfdfe"
+_OF_PAGE = {_INK: "currentColor", _PAPER: "var(--page)", _OUT: "var(--out)", _FINE: "var(--fine)"}
+_OF_PAGE[_LINE] = "var(--line)"
+_WITHIN_PAGE = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor"), _PAPER),
+    "svg.hashsalt": "gaf_ddp",
+}
+_ABOUT = "How often each rank was kept, and its distance to the consensus, over the training steps"
 _ALL_NAMED = 16  # ranks; of more only some, and those that are out
 
 
@@ -31,12 +41,24 @@ def draw(records: Sequence[Record], path: Path) -> None:
         figure(records).savefig(path, dpi=150)
 
 
+def inline_svg(records: Sequence[Record]) -> str:
+    """Return the picture as SVG to put into a page, in the page's colours."""
+    file = io.StringIO()
+    with mpl.rc_context(_STYLE | _WITHIN_PAGE):
+        figure(records).savefig(file, format="svg", dpi=150, metadata={"Date": None})
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]
+    for colour, of_page in _OF_PAGE.items():
+        svg = svg.replace(colour.lower(), of_page)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{_ABOUT}" ', 1)
+
+
 def figure(records: Sequence[Record]) -> Figure:
     """Return the picture: a row per rank above, a line per rank below where distances are known."""
     size = len(records[-1]["ranks"])
     distances = any(rank["distance"] is not None for record in records for rank in record["ranks"])
     rows = min(4.0, max(1.2, 0.3 * size))
-    drawn = Figure(figsize=(9, 1.5 + rows + 3.0 * distances), layout="constrained", facecolor="white")
+    drawn = Figure(figsize=(9, 1.5 + rows + 3.0 * distances), layout="constrained")
     heights = [rows, 3.0] if distances else [rows]
     axes = drawn.subplots(len(heights), 1, squeeze=False, height_ratios=heights, sharex=True)[:, 0]
     out = [absence.rank for absence in absences(records) if absence.until is None]
@@ -66,9 +88,10 @@ def _draw_kept(axis: Axes, records: Sequence[Record], out: list[int]) -> None:
     kept = [[record["ranks"][rank]["kept"] for record in records] for rank in range(size)]
     shares = [[float("nan") if share is None else 100 * share for share in row] for row in kept]
     borders = [rank - 0.5 for rank in range(size + 1)]
-    mesh = axis.pcolormesh(edges(records), borders, shares, cmap=_KEPT, vmin=0, vmax=100)
+    mesh = axis.pcolormesh(edges(records), borders, shares, cmap=_KEPT, vmin=0, vmax=100, rasterized=True)
     first, *_, last = edges(records)
-    axis.hlines(borders[1:-1], first, last, color="white", linewidth=2 if size <= _ALL_NAMED else 0.5)
+    paper = mpl.rcParams["axes.facecolor"]
+    axis.hlines(borders[1:-1], first, last, color=paper, linewidth=2 if size <= _ALL_NAMED else 0.5)
     axis.invert_yaxis()
     named = [rank for rank in range(size) if rank in out or rank % -(-size // _ALL_NAMED) == 0]
     axis.set_yticks(named, [name(records[-1], rank) for rank in named])
@@ -102,7 +125,7 @@ def _draw_distances(axis: Axes, records: Sequence[Record], out: list[int]) -> No
             label.set_in_layout(False)  # beside the colours' bar there is room
     ratio = records[-1]["ratio"]
     if ratio:
-        axis.axhline(ratio, color="black", linewidth=1, linestyle=(0, (4, 3)))
+        axis.axhline(ratio, color=mpl.rcParams["text.color"], linewidth=1, linestyle=(0, (4, 3)))
         note: dict[str, Any] = {"textcoords": "offset points", "xytext": (4, 4), "fontsize": 9.5}
         axis.annotate(f"left out above {ratio:g}", (edges(records)[0], ratio), **note)
     axis.set_yscale("log")
@@ -111,6 +134,6 @@ def _draw_distances(axis: Axes, records: Sequence[Record], out: list[int]) -> No
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_title("Distance z to the consensus, in its members' median distance")
     axis.set_ylabel("z (logarithmic)")
-    axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axis.grid(axis="y", color=_LINE, linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)

@@ -116,13 +116,13 @@ class Report:
         unclear = [each.rank for each in out if each.rank not in bad and not each.nonfinite and not each.zero]
         said = []
         if bad:
-            said.append(f"Held-out data speak against {_ranks(bad)}: look at its data and its device.")
+            said.append(f"Held-out data speak against {_ranks(bad)}: look at {_theirs(bad)}.")
         if unclear and all(each.distance is None for each in self.ranks):
-            said.append(f"The others do not agree with {_ranks(unclear)}: look at its data and its device.")
+            said.append(f"The others do not agree with {_ranks(unclear)}: look at {_theirs(unclear)}.")
         elif unclear:
             said.append(
                 f"{_ranks(unclear).capitalize()} may be broken, or honest with data of its own: give the filter "
-                "held-out data (state.reference), or look at its data and its device."
+                f"held-out data (state.reference), or look at {_theirs(unclear)}."
             )
         if out and self.watch:
             ranks = _ranks([each.rank for each in out])
@@ -130,6 +130,10 @@ class Report:
         if len(self.ranks) == 2:
             said.append("Two ranks cannot outvote each other: nobody is left out for what its gradient says.")
         return said
+
+
+def _theirs(ranks: list[int]) -> str:
+    return "its data and its device" if len(ranks) == 1 else "their data and their devices"
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -7,14 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-from torch import Tensor
-
+from gaf_ddp.monitor.cosines import picture
 from gaf_ddp.settings import require
 
 KEY, FORMAT = "gaf_ddp_log", 1  # what a record begins with: it tells a log from other files
 _BEGIN = f'{{"{KEY}"'.encode()
-_CELL = 24  # pixels of a pair of ranks in the cosines' picture
 
 _logger = logging.getLogger(__name__)
 
@@ -85,15 +82,6 @@ class _TensorBoard:
             rows = [f"| {rank} | {host} |" for rank, host in enumerate(hosts)]
             self._writer.add_text("gaf/hosts", "\n".join(["| rank | host |", "|---|---|", *rows]), step)
             self._hosts = hosts
-
-
-def picture(cosine: list[list[float | None]]) -> Tensor:
-    """Return cosines `(W, W)` as a picture `(3, h, w)` in [0, 1]: −1 orange, 0 white, 1 blue."""
-    values = torch.tensor([[value or 0.0 for value in row] for row in cosine])
-    blue, orange = torch.tensor([0.0, 0.447, 0.698]), torch.tensor([0.835, 0.369, 0.0])
-    towards = torch.where(values[..., None] > 0, blue, orange)
-    colours = 1 - values.abs().clamp(max=1)[..., None] * (1 - towards)
-    return colours.permute(2, 0, 1).repeat_interleave(_CELL, 1).repeat_interleave(_CELL, 2)
 
 
 def _drop_incomplete_line(file: BinaryIO) -> None:

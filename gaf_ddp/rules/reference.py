@@ -9,15 +9,16 @@ With v and v' the two readings, and S_j the sum of voter j's gradients since the
     in :  D_j ← max(0, D_j + min(0.4, −max(c, r, c', r') − h))   condemned at D_j ≥ f_j
     out:  U_j ← max(0, U_j + min(0.4, min(c, r, c', r') − k))    trusted at U_j ≥ 0.5
 
-with h = 0.1, but 0.4 while the held-out loss falls and nobody has a verdict; k = 0.2, but 0.4 once condemned. Where the
-mix of ranks is right, v is noise, and cosines scatter around 0; where it is wrong they are large. So a verdict needs
-evidence that adds up, from two readings at least. A reading counts where the ranks' shares of it agree: where honest
-ranks that differ hold each other in balance, v is noise, but of a kind that has large cosines with all of them.
+with k = 0.2, but 0.4 once condemned; h = 0.1, but while the held-out loss falls 0.4 for the trusted, and for all while
+nobody has a verdict. Where the mix of ranks is right, v is noise, and cosines scatter around 0; where it is wrong they
+are large. So a verdict needs evidence that adds up, from two readings at least. A reading counts where the ranks'
+shares of it agree: where honest ranks that differ hold each other in balance, v is noise, but of a kind that has large
+cosines with all of them.
 
 A verdict stands until the opposite is shown, and trust ends where the consensus keeps the voter anyway. It is taken
-back where the held-out loss, at the second temperature, is a tenth larger at the next reading; trust also where the
-loss has doubled since. f_j starts at 1, and doubles with each condemnation that was taken back. Evidence is held while
-a voter is on the other side, and is 0 after a verdict.
+back, and the one before it holds again, where the held-out loss, at the second temperature, is a tenth larger at the
+next reading; trust ends also where the loss has doubled since. f_j starts at 1, and doubles with each condemnation
+that was taken back. Evidence is held while a voter is on the other side, and is 0 after a verdict.
 """
 
 import math
@@ -55,6 +56,7 @@ class Evidence(NamedTuple):
 
     Attributes:
         verdict: `TRUSTED`, `CONDEMNED` or 0.
+        former: the one before it.
         against: D.
         in_favour: U.
         demand: f.
@@ -65,6 +67,7 @@ class Evidence(NamedTuple):
     """
 
     verdict: Tensor
+    former: Tensor
     against: Tensor
     in_favour: Tensor
     demand: Tensor
@@ -91,8 +94,8 @@ class ReferenceMemory:
             cosines = torch.zeros_like(cosines)
         both = torch.cat([cosines, cosines - _mean_of_others(cosines, kept)])
         known = both.isfinite().all(0)
-        is_well = reading.loss < _FALLS * float(held.last_loss[0]) and not bool(held.verdict.any())
-        harm = -both.amax(0) - (_IN_WHILE_WELL if is_well else _IN)
+        spared = (reading.loss < _FALLS * held.last_loss) & ((held.verdict == TRUSTED) | ~held.verdict.any())
+        harm = -both.amax(0) - torch.where(spared, _IN_WHILE_WELL, _IN)
         good = both.amin(0) - torch.where(held.suspect > 0, _OUT_ONCE_CONDEMNED, _OUT)
         self.evidence = _judge(
             held._replace(
@@ -131,7 +134,7 @@ class ReferenceMemory:
 
 def _no_evidence(count: int) -> Evidence:
     none = torch.zeros(count, dtype=torch.float64)
-    return Evidence(none, none, none, none + 1, none, none, none, none)
+    return Evidence(none, none, none, none, none + 1, none, none, none, none)
 
 
 def _take_back(held: Evidence, loss: float, kept: Tensor) -> tuple[Evidence, Tensor]:
@@ -141,7 +144,9 @@ def _take_back(held: Evidence, loss: float, kept: Tensor) -> tuple[Evidence, Ten
     worse = worse & (fresh | (held.verdict == TRUSTED))
     demand = torch.where(worse & (held.verdict == CONDEMNED), 2 * held.demand, held.demand)
     now_in = torch.where(worse, held.verdict == CONDEMNED, kept)
-    return held._replace(verdict=torch.where(worse, 0, held.verdict), demand=demand, age=held.age + 1), now_in
+    former = torch.where(fresh, held.former, 0)
+    verdict = torch.where(worse, former, held.verdict)
+    return held._replace(verdict=verdict, demand=demand, age=held.age + 1), now_in
 
 
 def _judge(held: Evidence, kept: Tensor) -> Evidence:
@@ -151,6 +156,7 @@ def _judge(held: Evidence, kept: Tensor) -> Evidence:
     fresh = condemned | trusted
     return held._replace(
         verdict=torch.where(condemned, CONDEMNED, torch.where(trusted, TRUSTED, held.verdict)),
+        former=torch.where(fresh, held.verdict, held.former),
         against=torch.where(fresh, 0, held.against),
         in_favour=torch.where(fresh, 0, held.in_favour),
         demand=torch.where(trusted & (held.verdict == CONDEMNED), 2 * held.demand, held.demand),

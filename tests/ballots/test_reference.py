@@ -82,18 +82,26 @@ def train(device: torch.device, engine: str, cell: str, every: int | None, setti
 
 @pytest.mark.parametrize(
     ("engine", "cell"),
-    job_but(("ddp", "bad majority"), of=[(e, c) for e in ("ddp", "fsdp") for c in ("bad majority", "data of its own")]),
+    job_but(
+        ("ddp", "data of its own"), of=[(e, c) for e in ("ddp", "fsdp") for c in ("bad majority", "data of its own")]
+    ),
     ids=str,
 )
 def test_held_out_data_find_a_bad_majority_and_an_honest_minority(ranks: Ranks, engine: str, cell: str) -> None:
-    alone, told = (ranks(4, train, engine, cell, every, {})[0] for every in (None, 10))
+    told = ranks(4, train, engine, cell, 10, {})[0]
     good = [2] if cell == "bad majority" else [0, 1, 2, 3]
-    assert alone["accuracy"] < 75
-    assert told["accuracy"] > alone["accuracy"] + 10
+    assert told["accuracy"] > 83
     assert (told["kept"][good] >= 0.9).all()
     assert (told["kept"][[rank for rank in range(4) if rank not in good]] <= 0.1).all()
 
 
+@pytest.mark.job
+@pytest.mark.parametrize("cell", ["bad majority", "data of its own"])
+def test_without_held_out_data_these_are_lost(gloo_ranks: Ranks, cell: str) -> None:
+    assert gloo_ranks(4, train, "ddp", cell, None, {})[0]["accuracy"] < 75
+
+
+@pytest.mark.job
 def test_engines_and_ballots_of_several_steps_say_the_same(gloo_ranks: Ranks) -> None:
     ddp_, fsdp = (gloo_ranks(4, train, engine, "bad majority", 10, {"judge_every": 1})[0] for engine in ("ddp", "fsdp"))
     assert torch.equal(ddp_["kept"], fsdp["kept"])
@@ -186,7 +194,7 @@ def read_between_steps(device: torch.device, kind: str, reads: bool) -> dict[str
     return {**found, "told": state.agreement is not None and state.agreement.trusted is not None}
 
 
-@pytest.mark.parametrize("kind", job_but("plain", "fsdp", of=list(KINDS)))
+@pytest.mark.parametrize("kind", job_but("plain", of=list(KINDS)))
 def test_a_reading_leaves_training_as_it_was(gloo_ranks: Ranks, kind: str) -> None:
     for read, plain in zip(*(gloo_ranks(2, read_between_steps, kind, reads) for reads in (True, False)), strict=True):
         assert read["changed"] == 0
@@ -250,6 +258,7 @@ def _go_on(device: torch.device, resumes: bool) -> Tensor:
     return torch.stack([state.agreement.kept, state.agreement.condemned])
 
 
+@pytest.mark.job
 def test_verdicts_go_on_after_a_checkpoint(gloo_ranks: Ranks) -> None:
     for whole, resumed in gloo_ranks(4, save_and_go_on):
         assert torch.equal(whole, resumed)

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gaf_ddp import GAFState, attach, filter_fsdp, filter_parameters, gaf_hook
 from tests.engines.engines import batch
+from tests.marks import job_but
 from tests.nets import assert_replicas_equal, mlp, world
 
 Ranks = Callable[..., list[Any]]
@@ -110,8 +112,7 @@ def assert_one_is_out(outcomes: list[Any]) -> None:
     assert kept[:, [0, 2, 3]].mean() >= 0.9
 
 
-@pytest.mark.parametrize("steps", [60, pytest.param(500, marks=pytest.mark.job)])
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("kind", "steps"), job_but(("fsdp", 60), of=product(("ddp", "fsdp"), (60, 500))), ids=str)
 def test_tensor_parallel_replicas_have_one_verdict_and_do_not_drift(gloo_ranks: Ranks, kind: str, steps: int) -> None:
     assert_one_is_out(gloo_ranks(8, train, kind, steps, timeout=170))
 

@@ -192,7 +192,8 @@ def test_slurm_file_asks_for_one_task_per_node() -> None:
 def test_job_files_are_clean(name: str) -> None:
     text = (LAUNCH / name).read_text()
     assert "set -euo pipefail" in text
-    assert "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in text
+    machines_may_change = name == "multi_node.sh"
+    assert ("export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in text) == machines_may_change
     assert subprocess.run(["bash", "-n", LAUNCH / name], timeout=30).returncode == 0
     if shutil.which("shellcheck"):
         checked = subprocess.run(["shellcheck", LAUNCH / name], capture_output=True, text=True, timeout=60)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from launch.trainer import Trainer
+from tests.launch.dying import DEATHS
 from tests.launch.jobs import (
     SEVERAL_BUCKETS,
     Outcome,
@@ -23,6 +24,9 @@ from tests.launch.jobs import (
     run_job_until_power_cut,
 )
 from tools.ranks import RankError
+
+# Where a job goes on after each death of tests/launch/dying.py; checkpoints are four steps apart.
+RESTARTED = ["1 at step 4", "1 at step 4", "1 at step 8", "1 at step 12", "2 at step 8"]
 
 
 def _resume(ranks: RunRanks, world: int, folder: Path, saves: int, *job: object) -> None:
@@ -79,6 +83,16 @@ def test_a_finished_job_is_shown_again_and_not_overwritten(gloo_ranks: RunRanks,
     assert "--out must be a new folder, or be given with --resume" in refused[0].err
 
 
+@pytest.mark.job
+def test_a_finished_job_goes_on_to_more_steps_with_the_same_bits(gloo_ranks: RunRanks, tmp_path: Path) -> None:
+    job = [*SEVERAL_BUCKETS, "--method", "gaf"]
+    for out, steps in (("whole", 16), ("longer", 12), ("longer", 16)):
+        outcomes = run_job(gloo_ranks, 2, [*job, "--steps", steps, "--out", tmp_path / out, "--resume"])
+        assert [outcome.code for outcome in outcomes] == [0, 0]
+    assert "going on with run 1 at step 12, 1 runs of 16 steps" in outcomes[0].err
+    assert_same_job(tmp_path / "longer", tmp_path / "whole")
+
+
 def _sigterm_on_rank_1(device: torch.device, port: int, arguments: list[str]) -> Outcome:
     """Send SIGTERM to the rank in the middle of the filter's fourth step."""
     real_backward = Trainer._backward
@@ -109,19 +123,21 @@ def test_sigterm_saves_all_and_the_job_ends_with_the_same_bits(
 
 
 @pytest.mark.job
-def test_torchrun_starts_a_job_again_whose_rank_is_killed(gloo_ranks: RunRanks, tmp_path: Path) -> None:
-    """TORCH_DISABLE_SHARE_RDZV_TCP_STORE: see launch/single_node.sh."""
-    run_job(gloo_ranks, 2, [*SEVERAL_BUCKETS, "--out", tmp_path / "whole"])
+@pytest.mark.timeout(500)
+def test_torchrun_starts_a_job_again_whose_ranks_are_killed(gloo_ranks: RunRanks, tmp_path: Path) -> None:
+    """Five times in a row, each time another rank or at another step; no variable is set."""
+    run_job(gloo_ranks, 2, [*SEVERAL_BUCKETS, "--compare", "gaf,paper", "--out", tmp_path / "whole"])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    job = [*SEVERAL_BUCKETS, "--out", tmp_path / "killed", "--resume"]
+    job = [*SEVERAL_BUCKETS, "--compare", "gaf,paper", "--out", tmp_path / "killed", "--resume"]
     done = subprocess.run(
-        [*torchrun, "--max-restarts", "3", "-m", "tests.launch.dying", *map(str, job)],
-        env=environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", OMP_NUM_THREADS="1"),
+        [*torchrun, "--max-restarts", str(len(DEATHS)), "-m", "tests.launch.dying", *map(str, job)],
+        env=environment(OMP_NUM_THREADS="1"),
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr
-    assert "starting, 3 runs" in done.stderr
-    assert "going on with run 2 at step 4" in done.stderr
+    starts = [line for line in done.stderr.splitlines() if "ranks with wrong labels" in line]
+    places = [line.split("; ")[1].rsplit(",")[0] for line in starts]
+    assert places == ["starting", *(f"going on with run {place}" for place in RESTARTED)]
     assert_same_job(tmp_path / "killed", tmp_path / "whole")

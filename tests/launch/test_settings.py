@@ -125,3 +125,19 @@ def test_a_start_without_torchrun_says_how(capsys: pytest.CaptureFixture[str], m
     monkeypatch.delenv("RANK", raising=False)
     assert main([]) == 2
     assert "torchrun --standalone --nproc-per-node 4 -m launch.train\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("now", "run", "refused"),
+    [
+        (["--steps", 20], 0, []),
+        (["--steps", 5], 0, ["--steps", "--eval-every"]),
+        (["--steps", 20], 1, ["--steps", "--eval-every"]),
+        (["--steps", 20, "--schedule", "cosine"], 0, ["--steps", "--schedule", "--eval-every"]),
+        (["--steps", 20, "--lr", 0.1], 0, ["--lr"]),
+    ],
+    ids=["more", "fewer", "an earlier run has ended", "the schedule has ended", "other settings"],
+)
+def test_a_job_in_its_first_run_can_get_more_steps(now: list[object], run: int, refused: list[str]) -> None:
+    saved = make_plan("--steps", 10, "--eval-every", 3).as_plain()
+    assert [each.split(" (")[0] for each in differences(saved, make_plan(*now), run)] == refused

@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from gaf_ddp import AgreementLog, GAFState
-from gaf_ddp.monitor.sinks import picture
 from tests.monitor.logged import FINE, records, take
 
 
@@ -72,19 +70,6 @@ def test_bad_arguments_are_refused(arguments: tuple[Any, ...], options: dict[str
         AgreementLog(*arguments, **options)
 
 
-def test_picture_is_blue_where_ranks_agree_and_orange_where_they_are_opposed() -> None:
-    image = picture([[1.0, -1.0], [None, 0.5]])
-    assert image.shape[0] == 3
-    assert image.min() >= 0
-    assert image.max() <= 1
-    height, width = (size // 2 for size in image.shape[1:])
-    agree, opposed, unknown, half = (image[:, row * height, column * width] for row in range(2) for column in range(2))
-    assert agree[2] > agree[0]
-    assert opposed[0] > opposed[2]
-    assert unknown.tolist() == [1, 1, 1]
-    torch.testing.assert_close(half, (agree + 1) / 2)
-
-
 def test_reaches_tensorboard(tmp_path: Path) -> None:
     tensorboard = pytest.importorskip("torch.utils.tensorboard")
     loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -98,4 +83,4 @@ def test_reaches_tensorboard(tmp_path: Path) -> None:
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("gaf/kept_rank_02")] == [(2, 1), (4, 1)]
     (image,) = events.Images("gaf/cosine")
-    assert image.width == image.height == 72
+    assert min(image.width, image.height) >= 72  # with labels where matplotlib is installed

@@ -1,23 +1,19 @@
 """What AgreementLog writes, as TensorBoard shows it in a real browser; skipped where there is no Chromium."""
 
-import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from gaf_ddp import GAFState
 from gaf_ddp.monitor.log import AgreementLog
+from tests.monitor.browser import look_at, needs_browser, pixels_of
 from tests.monitor.logged import FINE, SPOILT, take
 
 pytestmark = pytest.mark.job
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 BLUE = (0, 114, 178)  # of cosine 1
 
 
@@ -42,21 +38,9 @@ def address(tmp_path: Path) -> Iterator[str]:
         server.communicate(timeout=20)
 
 
-@pytest.mark.skipif(BROWSER is None, reason=f"no browser: none of {', '.join(NAMES)} is installed")
+@needs_browser
 def test_shows_ranks_as_curves_and_cosines_as_a_picture(address: str, tmp_path: Path) -> None:
-    image = pytest.importorskip("PIL.Image")
-    screenshot = tmp_path / "tensorboard.png"
-    options = ["--headless", "--disable-gpu", "--window-size=1400,1000", "--virtual-time-budget=15000"]
-    options += ["--no-sandbox"] * (os.geteuid() == 0) + [f"--user-data-dir={tmp_path / 'profile'}"]
-    page = subprocess.run(
-        [str(BROWSER), *options, "--dump-dom", f"--screenshot={screenshot}", f"{address}#timeseries"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    ).stdout
+    page, picture = look_at(f"{address}#timeseries", tmp_path, "--virtual-time-budget=15000")
     for name in ("gaf/cosine", "gaf/kept_rank_00", "gaf/kept_rank_02"):
         assert name in page
-    pixels = torch.frombuffer(bytearray(image.open(screenshot).convert("RGB").tobytes()), dtype=torch.uint8)
-    near = (pixels.view(-1, 3).int() - torch.tensor(BLUE)).abs().amax(1) <= 8
-    assert int(near.sum()) > 500, "the picture of the cosines is not on the page"
+    assert pixels_of(picture, BLUE) > 500, "the picture of the cosines is not on the page"

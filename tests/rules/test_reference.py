@@ -21,6 +21,7 @@ class Plainly:
         self.verdict, self.d, self.u = [0.0] * voters, [0.0] * voters, [0.0] * voters
         self.f, self.was_condemned = [1.0] * voters, [False] * voters
         self.loss, self.age, self.last = [0.0] * voters, [0] * voters, 0.0
+        self.former = [0.0] * voters
 
     def weigh(self, cosines: Cosines, signal: list[float], loss: float, kept: list[bool]) -> None:
         """Take in one reading."""
@@ -30,9 +31,9 @@ class Plainly:
             if self.verdict[j] and loss > limit * self.loss[j]:
                 kept[j] = self.verdict[j] == CONDEMNED
                 self.f[j] *= 2 if self.verdict[j] == CONDEMNED else 1
-                self.verdict[j] = 0.0
+                self.verdict[j] = self.former[j] if self.age[j] == 0 else 0.0
             self.age[j] += 1
-        is_well = loss < 0.98 * self.last and not any(self.verdict)
+        falls, nobody = loss < 0.98 * self.last, not any(self.verdict)
         self.last = loss
         if min(signal) < 0.2:
             cosines = [[0.0] * len(kept)] * 2
@@ -43,7 +44,8 @@ class Plainly:
                 others = [c[i] for i in range(len(kept)) if i != j and kept[i] and known[i]]
                 values += [c[j], c[j] - (sum(others) / len(others) if others else 0.0)]
             if known[j] and is_in:
-                self.d[j] = max(0.0, self.d[j] + min(0.4, -max(values) - (0.4 if is_well else 0.1)))
+                spared = falls and (nobody or self.verdict[j] == TRUSTED)
+                self.d[j] = max(0.0, self.d[j] + min(0.4, -max(values) - (0.4 if spared else 0.1)))
             elif known[j]:
                 self.u[j] = max(0.0, self.u[j] + min(0.4, min(values) - (0.4 if self.was_condemned[j] else 0.2)))
             if is_in and self.d[j] >= self.f[j] and self.verdict[j] != CONDEMNED:
@@ -54,6 +56,7 @@ class Plainly:
                 self._give(j, TRUSTED)
 
     def _give(self, j: int, verdict: float) -> None:
+        self.former[j] = self.verdict[j]
         self.verdict[j], self.loss[j], self.age[j] = verdict, self.last, 0
         self.d[j] = self.u[j] = 0.0
 
