@@ -31,8 +31,8 @@ class GAFState(Settings):
 
     For the consensus rule:
         momentum: decay of what ranks are judged by, per step, in [0, 1).
-        judge_every: steps from one verdict to the next. None: 1, or as many, up to 8, as keep what ranks send for it
-            under a hundredth of the gradient's bytes.
+        judge_every: steps from one verdict to the next. None: 1 up to 16 ranks; beyond them so many, but at most 8,
+            that what ranks send for it is a hundredth of the gradient's bytes.
         sketch_size: k, numbers that a rank's gradient is judged by, at least 64.
         voters: `"rank"`, or `"host"`: all ranks of a host are judged as one.
         check_every: compare, every so many steps, the bits of all ranks' parameters, and each average with what
@@ -141,7 +141,10 @@ class GAFState(Settings):
             self._way.read(loss)
 
     def report(self) -> Report:
-        """Return where each rank stands since training began; waits and raises as `summary()` does."""
+        """Return where each rank stands; waits and raises as `summary()` does.
+
+        At the end of a job call it on every rank: one that leaves takes the last ballots with it.
+        """
         self._catch_up()
         found = self._records.statistics.report(self.step, self.max_norm_ratio)
         return replace(found, watch=self.watch)

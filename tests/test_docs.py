@@ -68,7 +68,7 @@ def scene(rank: int, code: str) -> dict[str, Any]:
     model = DistributedDataParallel(nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 4)))
     draws = torch.Generator().manual_seed(rank + 1)
     loader = []
-    for _ in range(60):
+    for _ in range(40):
         inputs = torch.randn(16, 20, generator=draws)
         loader.append((inputs, ((inputs @ rule).argmax(1) + (rank == 1)) % 4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -91,11 +91,11 @@ def scene(rank: int, code: str) -> dict[str, Any]:
     }
     if re.search(r"\bstate\b", code) and not re.search(r"\bstate :?= ", code):
         found["state"] = state = gaf_ddp.attach(model)
-        for inputs, targets in loader[:15]:
+        for inputs, targets in loader[:8]:
             optimizer.zero_grad()
             criterion(model(inputs), targets).backward()
             optimizer.step()
-        assert state.step == 15
+        assert state.step == 8
     return found
 
 
