@@ -38,17 +38,16 @@ class GAFState(Settings):
         check_every: compare, every so many steps, the bits of all ranks' parameters, and each average with what
             ranks voted with. With tau and weighting the parameters alone. Never under FSDP2.
         replica_group: the ranks that hold the rest of this replica's model: tensor parallel, pipeline. A replica has
-            one vote, and its ranks one verdict, two steps late. `check_every` compares parameters alone then. Guards
-            of a step (`max_norm_ratio`, what is not finite) see a rank's own stage, and all of what tensor
-            parallelism spreads, as DTensors show.
+            one vote and one verdict, two steps late. `check_every` compares parameters alone then. A pipeline's stages
+            look for gradients that are too long, or not finite, each by itself.
 
     For tau and weighting:
-        scope: `"bucket"` (None), one decision per DDP bucket; `"model"`, one per step on the whole gradient (the
-            paper's meaning), which is averaged after it.
+        scope: `"bucket"` (None), one decision per DDP bucket; `"model"`, one per step on the whole gradient, as the
+            paper has it: no bucket is averaged before the last one has come.
         exchange: `"sharded"` (a ring all-reduce's bytes), `"gather"` (the plain reading), `"sketch"` (cosines to
             1/√sketch_size, the library's all-reduce). `"auto"`: sharded; on accelerators gather for small buckets.
-        max_consecutive_skips: end with RuntimeError, on every rank, once nothing agreed in more steps in a row; on
-            accelerators a step later.
+        max_consecutive_skips: end with RuntimeError, on every rank, once nothing agreed in more than so many steps in
+            a row; on accelerators a step later. None never ends it.
 
     For both:
         process_group: the group DDP was built with; None is the default group at the first bucket.
@@ -64,9 +63,10 @@ class GAFState(Settings):
         step: synchronised backwards seen so far.
         agreement: the last step's `Agreement`, on the device, in bucket scope stacked; with the consensus rule that of
             the last ballots, on the host, for which it waits. None before the first.
-        decisions: the same by bucket, each with the parameters it was about.
+        decisions: a list of them, each with its parameters: one a bucket in bucket scope, else one.
 
-    Memory: the consensus rule 2 W k numbers, tau and weighting as their exchange. Pickled, it leaves its group behind.
+    Holds 2 W k numbers for the consensus rule, for tau and weighting what their exchange holds. Pickled, it loses its
+    process group.
 
     Raises:
         ValueError: a setting is out of its range; the message names it.
@@ -98,9 +98,9 @@ class GAFState(Settings):
     def summary(self, reset: bool = True) -> dict[str, float]:
         """Return the statistics since the last reset, see `monitor.totals.summary`; waits for the last step's.
 
-        `gaf/noise_scale` beside them: the gradient noise scale, in batches of one rank (`monitor.noise`).
-        `gaf/out_rank_00` …: for how many steps in a row that rank has been left out, up to now. Rank 0
-        warns of decisions that found no agreement, if most did not, and of ranks that were out for 200 steps in a row.
+        Beside them `gaf/noise_scale`, the gradient noise scale in batches of one rank (`monitor.noise`), and
+        `gaf/out_rank_00` …, for how many steps in a row that rank has been left out, up to now. Rank 0 warns if most
+        decisions found no agreement, and of ranks that were out for 200 steps in a row.
 
         Raises:
             ValueError, RuntimeError: what the hook would raise in the next step.
@@ -150,11 +150,7 @@ class GAFState(Settings):
         return replace(found, watch=self.watch)
 
     def advance(self) -> None:
-        """End a step of `filter_parameters`, on every rank: a collective, which nobody waits for now.
-
-        Raises:
-            RuntimeError: the state filters no parameters, or the engine made gradients that no hook saw.
-        """
+        """End a step of `filter_parameters`, a collective; RuntimeError if the state filters no parameters."""
         if not hasattr(self._way, "advance"):
             raise RuntimeError("advance() is for filter_parameters: other ways know by themselves when a step ends")
         self._way.advance()

@@ -32,7 +32,8 @@ def absences(records: Sequence[Record]) -> list[Absence]:
             end = out.index(False, begin) if False in out[begin:] else len(out)
             since, until = edges(records)[begin] + 1, records[end - 1]["step"] if end < len(out) else None
             exact = records[begin]["ranks"][rank].get("out_since")
-            if exact is not None and (begin == 0 or exact >= since - 1):
+            # It may have gone out inside of the record before, which kept it half of the time or more.
+            if exact is not None and (begin == 0 or exact >= edges(records)[begin - 1]):
                 since = exact
             reason, why = _why(records[begin:end], rank)
             found.append(Absence(rank, since, until, why, reason))
