@@ -29,7 +29,7 @@ class Told:
         settings: a number for each setting that ranks must have alike, each exact in float64.
         hash: of the parameters' bits, int64 `()` on the device; None where it is not asked for.
         off: how far the last checked sum was off, `()` float64 on the device; None where none was checked.
-        referenced: whether a reading of held-out data waits for the next ballot.
+        referenced: the number of the reading of held-out data that waits for a later ballot; 0 where none does.
         loss: of the reading in this ballot, `()` float64 on the device; None where there is none.
     """
 
@@ -37,7 +37,7 @@ class Told:
     settings: Sequence[float]
     hash: Tensor | None
     off: Tensor | None
-    referenced: bool
+    referenced: int
     loss: Tensor | None
 
 
@@ -49,7 +49,7 @@ class Numbers(NamedTuple):
         finished: `(W,)`, 1 where a rank waits in DDP's Join.
         hashes: `(W, 2)`, the halves of the parameters' hash; zeros where it was not asked for.
         off: `(W,)`, how far the last checked sum was off; zeros where none was checked.
-        referenced: `(W,)`, 1 where a reading of held-out data waits for the next ballot.
+        referenced: `(W,)`, the number of the reading of held-out data that waits; 0 where none does.
         loss: `(W,)`, of the readings in these ballots; NaN where there is none.
         settings: `(W, settings)`.
         total: `(W,)`, squared norms of the whole gradients: of all that ranks of a replica hold.

@@ -190,7 +190,7 @@ class LateFilter:
         if check is not None and not state.watch and counted[self.group.rank()]:
             check.guard(list(map(torch.stack, squares.values())), self.share.limits.held(squares))
         sketch, loss = self.references.append_to(self.ballot.sketch)
-        waits, settings = self.references.is_waiting, fingerprints(shared(state))
+        waits, settings = self.references.waiting, fingerprints(shared(state))
         told = Told(finished, settings, self.checks.hash, self.checks.off, waits, loss)
         self._post.send(self.ballot, sketch, told, check, counted)
         if self._judge_every is None:

@@ -15,19 +15,23 @@ class References:
 
     A ballot says whether a reading waits. When all ranks' ballots said so, which everyone learns a step later, the
     next ballot is longer by the two sketches. So ballots are always as long on all ranks, and nobody has to wait to
-    find out whether the others have read too.
+    find out whether the others have read too. Readings are numbered, the same on all ranks, so that a ballot that was
+    long on its way asks for none that has gone already.
 
     Attributes:
-        due: whether the next ballot carries a reading.
+        waiting: the number of the reading that waits for a ballot, from 1 on; 0 where none does.
     """
 
     def __init__(self) -> None:
-        self.due = False
+        self.waiting = 0
+        self._put = 0  # the number of the last reading,
+        self._due = self._sent = 0  # of what the next ballot carries, and of what the last ones carried
         self._waiting: tuple[Tensor, Tensor] | None = None  # (2 k,), and its loss ()
 
     def put(self, readings: Sequence[Tensor], loss: Tensor) -> None:
         """Take a reading, two sketches `(k,)` float32 and the second one's loss, in place of one that still waits."""
-        self._waiting = torch.cat(list(readings)), loss
+        self._put += 1
+        self.waiting, self._waiting = self._put, (torch.cat(list(readings)), loss)
 
     def read(
         self, loss: Loss, parameters: Sequence[Tensor], model: nn.Module | None, fold: Callable[[Tensor], Tensor]
@@ -41,16 +45,12 @@ class References:
 
         A rank that waits for the others in DDP's Join has none, and sends zeros.
         """
-        if not self.due:
+        if not self._due:
             return sketch, None
-        waiting, self.due, self._waiting = self._waiting, False, None
+        waiting, self._waiting, self.waiting = self._waiting, None, 0
+        self._sent, self._due = self._due, 0
         reading, loss = waiting or (sketch.new_zeros(2 * len(sketch)), None)
         return torch.cat([sketch, reading]), loss
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether a reading waits for a ballot."""
-        return self._waiting is not None
 
     def require(self, numbers: Numbers) -> None:
         """Learn from all ranks' ballots whether the next one carries a reading.
@@ -59,9 +59,9 @@ class References:
             RuntimeError: on every rank: some have read held-out data, and some not.
         """
         training = numbers.finished == 0
-        read = numbers.referenced != 0
-        self.due = bool(read.any())
-        if self.due and not bool(read[training].all()):
+        read, latest = numbers.referenced != 0, int(numbers.referenced.max())
+        self._due = latest if latest > self._sent else 0
+        if latest and not bool(read[training].all()):
             have, lack = ((which & training).nonzero().flatten().tolist() for which in (read, ~read))
             rule = "state.reference must be called on every rank, between the same steps"
             raise RuntimeError(f"{rule}, found it called on ranks {have} and not on ranks {lack}")
