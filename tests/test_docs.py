@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -138,6 +139,7 @@ def alike(text: str) -> str:
     return re.sub(r" +", " ", text).strip()
 
 
+@pytest.mark.job
 def test_blocks_run_and_print_what_the_page_says(gloo_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
     assert SHORT
     assert SCRIPTS

@@ -35,6 +35,6 @@ def run(device: torch.device, name: str) -> None:
         assert_filtered(make, to=to)
 
 
-@pytest.mark.parametrize("name", job_but("ddp", "main_grad", of=ENGINES))
+@pytest.mark.parametrize("name", job_but("ddp", of=ENGINES))
 def test_a_turned_rank_is_left_out(gloo_ranks: Ranks, name: str) -> None:
     gloo_ranks(4, run, name)
