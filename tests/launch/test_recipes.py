@@ -36,6 +36,7 @@ def test_leaves_out_who_is_turned(name: str) -> None:
     environment.update(PYTHONPATH=str(FOLDER.parents[1]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += [str(FOLDER / name), "--turned", "1"]
+    command += ["--steps", "50"] if ranks == 8 else []  # so many ranks share few cores here
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170, check=False)
     assert finished.returncode == 0, finished.stderr[-3000:]
     kept = {int(rank): float(share) for rank, share in re.findall(r"'(\d\d)': '([\d.]+)'", finished.stdout)}
