@@ -5,10 +5,14 @@ import json
 import os
 import pty
 import re
+import select
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,16 +97,27 @@ class TestTerminal:
         ours, theirs = pty.openpty()
         path = write(tmp_path / "log", *job()[:2])
         command = [sys.executable, "-m", "gaf_ddp.report", str(path), "--watch"]
-        shown = b""
-        with subprocess.Popen(command, stdout=theirs, env=environment(TERM="xterm", COLUMNS="120")) as watching:
+        # A job in a shell's background ignores Ctrl-C, and so would what it starts.
+        heeds: Any = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+        told = environment(TERM="xterm", COLUMNS="120")
+        with subprocess.Popen(command, stdout=theirs, env=told, **heeds) as watching:
             os.close(theirs)
-            while b"to step 200" not in shown:
-                shown += os.read(ours, 10_000)
-            write(path, *job())
-            while b"to step 500" not in shown:
-                shown += os.read(ours, 10_000)
-            watching.send_signal(2)
-            assert watching.wait(timeout=30) == 0
+            try:
+                _await(ours, b"to step 200")
+                write(path, *job())
+                _await(ours, b"to step 500")
+                watching.send_signal(signal.SIGINT)
+                assert watching.wait(timeout=30) == 0
+            finally:
+                watching.kill()
+
+
+def _await(terminal: int, words: bytes, seconds: float = 60.0) -> None:
+    """Read what a terminal shows until the words are there."""
+    shown, end = b"", time.monotonic() + seconds
+    while words not in shown:
+        assert select.select([terminal], [], [], max(0.0, end - time.monotonic()))[0], shown
+        shown += os.read(terminal, 10_000)
 
 
 class TestPage:
