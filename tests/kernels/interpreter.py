@@ -37,7 +37,7 @@ def run_interpreted(file: str, *arguments: str) -> str:
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=560,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout, done.stdout

@@ -190,5 +190,6 @@ def test_what_does_not_fit_is_refused() -> None:
 
 @outside_the_interpreter
 @pytest.mark.job
+@pytest.mark.timeout(600)
 def test_values_in_the_interpreter() -> None:
     run_interpreted(__file__, "-k", "triton")

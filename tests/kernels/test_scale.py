@@ -157,5 +157,6 @@ def test_accelerators_do_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch
 
 @outside_the_interpreter
 @pytest.mark.job
+@pytest.mark.timeout(600)
 def test_values_in_the_interpreter() -> None:
     run_interpreted(__file__, "-k", "triton")

@@ -23,6 +23,7 @@ MOST_SPILLED = 64  # bytes, above 16 ranks: 40 with Triton 3.6, none with 3.8
 
 @outside_the_interpreter
 @pytest.mark.job
+@pytest.mark.timeout(600)
 def test_values_in_the_interpreter() -> None:
     """Everything below, with TRITON_INTERPRET=1; nothing may be skipped there but this test and compilations."""
     said = run_interpreted(__file__)
