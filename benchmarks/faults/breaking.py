@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import gaf_ddp.ballots.late
+import gaf_ddp.ballots.opened
 import gaf_ddp.exchange.gather
 import gaf_ddp.exchange.pipeline
 import gaf_ddp.exchange.sharded
@@ -44,7 +44,7 @@ class Breaking:
             self._wrap(*fault.where.split())
         if self._is_due and "memory" in fault.what:
             # What first reads a bucket, on either way.
-            for module, name in ((gaf_ddp.exchange.pipeline, "gram"), (gaf_ddp.ballots.late, "fold")):
+            for module, name in ((gaf_ddp.exchange.pipeline, "gram"), (gaf_ddp.ballots.opened, "fold_into")):
                 vars(module)[name] = self._first(vars(module)[name])
 
     def _first(self, original: Callable[..., Any]) -> Callable[..., Any]:
