@@ -78,7 +78,7 @@ def draw(
         overlong=present & (norms > limits).any(1),
         distance=voters.spread(found.z),
         flipped=voters.spread(found.flipped),
-        equal=voters.spread(found.equal) & ~torch.eye(len(kept), dtype=torch.bool),
+        equal=voters.spread(found.equal),
         trusted=None if verdict is None else verdict == TRUSTED,
         condemned=None if verdict is None else verdict == CONDEMNED,
         finished=numbers.finished != 0,

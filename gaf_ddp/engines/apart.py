@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gaf_ddp.engines.shown import as_vector
+
 Loss = Callable[[float], Tensor]  # from a temperature, by which the logits are divided
 
 
@@ -67,8 +69,7 @@ def gradient_of(
         value = require_loss(loss(temperature))
         found = torch.autograd.grad(value, list(parameters), allow_unused=True)
     whole = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
-    flat = torch.cat([(torch.view_as_real(g) if g.is_complex() else g).reshape(-1) for g in whole])
-    return flat, value.detach().double().view(())
+    return torch.cat([as_vector(each) for each in whole]), value.detach().double().view(())
 
 
 def require_loss(value: object) -> Tensor:

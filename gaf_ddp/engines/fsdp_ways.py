@@ -87,7 +87,7 @@ class OneStepLate:
             return
         readings = []
         for temperature in TEMPERATURES:
-            self._reading = torch.zeros(self._state.sketch_size, device=late.device)
+            self._reading = torch.zeros(self._state.sketch_size, dtype=torch.float32, device=late.device)
             kept = [(parameter, parameter.grad) for parameter in self._model.parameters()]
             try:
                 with apart(self._model, late.device):
