@@ -1,6 +1,7 @@
 """Held-out data on real ranks: what they say of ranks, and that reading them leaves training as it was."""
 
 import copy
+import inspect
 import io
 from collections.abc import Callable
 from typing import Any
@@ -131,11 +132,15 @@ def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tenso
     return [(each.full_tensor() if hasattr(each, "full_tensor") else each).detach().clone() for each in kept]
 
 
+# torch 2.15 gave it another name.
+SYNCS_BUFFERS = "forward_sync_buffers"
+if SYNCS_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
+    SYNCS_BUFFERS = "broadcast_buffers"
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "unused": {"find_unused_parameters": True},
     "static graph": {"static_graph": True},
-    "no buffers": {"broadcast_buffers": False},
+    "no buffers": {SYNCS_BUFFERS: False},
     "views": {"gradient_as_bucket_view": True},
     "accumulating": {},
     "autocast": {},
