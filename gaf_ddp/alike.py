@@ -21,7 +21,7 @@ def shared(state: Any) -> dict[str, object]:
     """Return what every rank must have alike: a `GAFState`'s settings, those that people set first."""
     names = ("start_step", "max_norm_ratio", "watch", "max_consecutive_skips", *LASTING)
     return {
-        "tau": state._tau_now() if callable(state.tau) else state.tau,
+        "tau": state._tau_at(state.step) if callable(state.tau) else state.tau,
         "weighting": describe(state.weighting),
         **{name: getattr(state, name) for name in names},
         "skip_on_disagreement": len(state._records.followers),

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gaf_ddp.rules.consensus import ConsensusAgreement
 from gaf_ddp.rules.memory import MOMENTUM
-from gaf_ddp.rules.weighting import require_tau
+from gaf_ddp.rules.neighborhood import NeighborhoodAgreement
+from gaf_ddp.rules.weighting import Mean, require_tau
 
 
 def _number(value: object) -> bool:
@@ -158,6 +159,16 @@ class Settings:
         """Assign a setting; AttributeError for those that hold from the first bucket on."""
         require_assignable(self.__dict__, name, value)
         super().__setattr__(name, value)
+
+    def _weighting_at(self, step: int) -> Callable[[Tensor], Tensor]:
+        """Return the rule of a step, where that is not the consensus."""
+        if step < self.start_step:
+            return Mean()
+        return self.weighting or NeighborhoodAgreement(self._tau_at(step))
+
+    def _tau_at(self, step: int) -> float:
+        assert self.tau is not None
+        return require_tau(self.tau(step)) if callable(self.tau) else self.tau
 
     @property
     def _is_late(self) -> bool:

@@ -11,8 +11,6 @@ from gaf_ddp.ballots.judge import Judge
 from gaf_ddp.monitor.records import Decision, Records
 from gaf_ddp.monitor.reports import Report
 from gaf_ddp.rules.agreement import Agreement
-from gaf_ddp.rules.neighborhood import NeighborhoodAgreement
-from gaf_ddp.rules.weighting import Mean, require_tau
 from gaf_ddp.saving import from_dict, to_dict
 from gaf_ddp.settings import Settings, require
 
@@ -96,11 +94,17 @@ class GAFState(Settings):
         return records[0] if records else None
 
     def summary(self, reset: bool = True) -> dict[str, float]:
-        """Return the statistics since the last reset, see `monitor.totals.summary`; waits for the last step's.
+        """Return the statistics of the decisions since the last reset, the same on every rank; waits for the last one.
 
-        Beside them `gaf/noise_scale`, the gradient noise scale in batches of one rank (`monitor.noise`), and
-        `gaf/out_rank_00` …, for how many steps in a row that rank has been left out, up to now. Rank 0 warns if most
-        decisions found no agreement, and of ranks that were out for 200 steps in a row.
+        `gaf/kept_fraction`, `gaf/nonfinite_fraction`, `gaf/overlong_fraction`, `gaf/zero_fraction`: means over ranks
+            and decisions; `gaf/skipped_fraction`: decisions in which nothing agreed.
+        `gaf/kept_rank_00` …: the share of decisions that kept the rank, of those for which it had not finished.
+        `gaf/out_rank_00` …: for how many steps in a row, up to now, the rank has been left out.
+        `gaf/distance_rank_00` …: with the consensus rule its mean z, each at most 100.
+        `gaf/mean_cosine`: over pairs of ranks. `gaf/noise_scale`: the gradient noise scale, in batches of one rank.
+
+        NaN is what is not known; before the first decision there are no keys. Rank 0 warns if most decisions found no
+        agreement, and of ranks that were out for 200 steps in a row.
 
         Raises:
             ValueError, RuntimeError: what the hook would raise in the next step.
@@ -117,9 +121,10 @@ class GAFState(Settings):
             if step % 20 == 0:
                 state.reference(lambda temperature: criterion(model(inputs) / temperature, targets))
 
-        Call it on every rank, between steps, every 10 to 20 of them, with each rank's own share of some 100 examples
-        or more that nobody trains on, and that have what the model is for. Its gradient is read twice and folded, not
-        averaged: `.grad`, buffers, torch's random state, DDP and the next step are as if it had not been called.
+        Call it on every rank, between steps, every 10 to 20 of them (rank 0 warns if fewer), with each rank's own
+        share of some 100 examples or more that nobody trains on, and that have what the model is for. Its gradient is
+        read twice and folded, not averaged: `.grad`, buffers, torch's random state, DDP and the next step are as if it
+        had not been called.
 
         Costs two forwards and backwards of the share, one gradient's memory, and 8 k bytes more in one ballot. Before
         the first step it returns at once. Under FSDP2 there must be no gradients that wait to be reduced.
@@ -138,6 +143,7 @@ class GAFState(Settings):
         rule = "reference is for the consensus rule: tau and weighting must be None"
         require(self._ratio is not None, rule, self.tau if self.weighting is None else self.weighting)
         if self._way is not None:
+            self._records.statistics.note_reading(self.step)
             self._way.read(loss)
 
     def report(self) -> Report:
@@ -183,16 +189,6 @@ class GAFState(Settings):
         if hasattr(self._way, "draw"):
             self._way.draw()
         self._records.read(self.max_consecutive_skips)
-
-    def _weighting_now(self) -> Callable[[Tensor], Tensor]:
-        """Return the rule of this step, where that is not the consensus."""
-        if self.step < self.start_step:
-            return Mean()
-        return self.weighting or NeighborhoodAgreement(self._tau_now())
-
-    def _tau_now(self) -> float:
-        assert self.tau is not None
-        return require_tau(self.tau(self.step)) if callable(self.tau) else self.tau
 
     def _end_step(self) -> None:
         self.step += 1

@@ -32,7 +32,7 @@ def filled(world_size: int = 3) -> GAFState:
 
 def end_step(state: GAFState, gramian: Tensor) -> None:
     """Let a step end on which the state's own rule decided on this Gramian."""
-    agreement = decide(gramian, state._weighting_now(), state.max_norm_ratio)
+    agreement = decide(gramian, state._weighting_at(state.step), state.max_norm_ratio)
     state._records.add(state.step, [Decision(agreement, [])], [torch.zeros(len(gramian))], None)
     state._end_step()
 
@@ -147,24 +147,24 @@ class TestWeightingNow:
         state = GAFState(tau=0.5, start_step=2)
         kinds = []
         for state.step in range(4):
-            kinds.append(type(state._weighting_now()))
+            kinds.append(type(state._weighting_at(state.step)))
         assert kinds == [Mean, Mean, NeighborhoodAgreement, NeighborhoodAgreement]
 
     def test_follows_the_schedule(self) -> None:
         state = GAFState(tau=lambda step: 1.0 - 0.1 * step)
         state.step = 3
-        weighting = state._weighting_now()
+        weighting = state._weighting_at(state.step)
         assert isinstance(weighting, NeighborhoodAgreement)
         assert weighting.tau == pytest.approx(0.7)
 
     @pytest.mark.parametrize("tau", [3.0, -1.0, float("nan"), None, "1"])
     def test_checks_what_the_schedule_returns(self, tau: Any) -> None:
         with pytest.raises(ValueError, match=r"tau must be a cosine distance in \[0, 2\], found"):
-            GAFState(tau=lambda step: tau)._weighting_now()
+            GAFState(tau=lambda step: tau)._weighting_at(0)
 
     def test_is_the_users_own(self) -> None:
         own = SequentialAgreement(0.5)
-        assert GAFState(weighting=own)._weighting_now() is own
+        assert GAFState(weighting=own)._weighting_at(0) is own
 
 
 class TestSummary:

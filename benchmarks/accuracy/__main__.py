@@ -4,7 +4,7 @@
     python -m benchmarks.accuracy --experiments shift                  # a group
     python -m benchmarks.accuracy --experiments "shift w4 bad 0"       # one experiment
     python -m benchmarks.accuracy --experiments text --arms averaging consensus
-    python -m benchmarks.accuracy --experiments human --data-dir DIR   # needs images: see images.py for the layout
+    python -m benchmarks.accuracy --experiments human --data-dir DIR   # needs images: see cifar.py for the layout
 
 Finished runs are in OUT/accuracy_runs.jsonl, and a second start goes on where the first stopped.
 """
@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.accuracy import harm, peers, report
 from benchmarks.accuracy.arms import ARMS, all_runs
+from benchmarks.accuracy.cifar import CIFARS
 from benchmarks.accuracy.declare import Experiment, Run
 from benchmarks.accuracy.experiments import EXPERIMENTS, GROUPS, quick
 from benchmarks.accuracy.store import Store
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _at_hand(experiments: Sequence[Experiment], folder: Path | None) -> list[Experiment]:
     """Return the experiments whose data is at hand, and name the others on the screen."""
-    left_out = [e for e in experiments if e.base.data == "small cifar10" and folder is None]
+    left_out = [e for e in experiments if e.base.data in CIFARS and folder is None]
     for e in left_out:
         print(f"left out, needs --data-dir: {e.name}")
     return [e for e in experiments if e not in left_out]

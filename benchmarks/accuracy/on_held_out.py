@@ -14,7 +14,7 @@ ONE_ALONE = Labels("own classes", classes=(EIGHT_CLASSES, EIGHT_CLASSES, EIGHT_C
 
 def held_out() -> list[Experiment]:
     """Return honest minorities, bad minorities and majorities, attacks, and nobody bad."""
-    return [*_digits(), *_cifar(), *_text()]
+    return [*_digits(), *_cifar(), *_superclasses(), *_text()]
 
 
 def _digits() -> list[Experiment]:
@@ -65,6 +65,24 @@ def _cifar() -> list[Experiment]:
         )
         for name, (labels, all_steps) in told.items()
         for steps in all_steps
+    ]  # fmt: skip
+
+
+def _superclasses() -> list[Experiment]:
+    common, alone = tuple(range(16)), (16, 17, 18, 19)
+    told = {
+        "one rank alone has four superclasses": Labels("own classes", classes=(common, common, common, alone)),
+        "wrong label map on rank 0 of 4": Labels("shift", (0,)),
+    }
+    return [
+        Experiment(
+            f"held out cifar100 {name}", "held_out",
+            f"CIFAR-100's 20 superclasses (16x16, 2500 images), W=4, batch 16, {name}",
+            Run("small cifar100", "conv", (0, 1, 2, 3), 16, 600, lr=0.05, evaluate_every=25, labels=labels),
+            ("averaging", "consensus", "reference", "oracle"),
+            bad=labels.ranks, seeds=3, first_seed=FIRST_SEED, notes={"panel": f"CIFAR-100, {name}"},
+        )
+        for name, labels in told.items()
     ]  # fmt: skip
 
 

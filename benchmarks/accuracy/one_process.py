@@ -29,7 +29,7 @@ def at_once(state: GAFState) -> Way:
     """Return what the hook does in model scope where it judges in the same step."""
 
     def filtered(rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        agreement = decide(gram(rows), state._weighting_now(), state.max_norm_ratio)
+        agreement = decide(gram(rows), state._weighting_at(state.step), state.max_norm_ratio)
         state.step += 1
         return combine(rows, agreement.weights) if agreement.agreed else None, agreement.kept
 

@@ -167,7 +167,7 @@ class LateFilter:
     def _verdict(self, sent: Sent, products: Tensor, numbers: Numbers) -> Verdict:
         judge, ratio = self._state._judge, self._state.max_norm_ratio
         if judge is None:
-            return watch(self._state._weighting_now(), products, numbers, ratio)
+            return watch(self._state._weighting_at(self._state.step), products, numbers, ratio)
         limits = self.share.limits.known(sent.keys)
         return draw(judge, products, numbers, self._voters, sent.steps, ratio, limits, sent.counted)
 

@@ -30,10 +30,11 @@ def audit(
 
         audit(model, lambda inputs, targets: criterion(model(inputs), targets), batch).require_equal()
 
-    Finds ranks whose parameters or arithmetic differ, which the filter cannot. Needs the same hardware and kernels
-    on every rank. Nothing is averaged, no hook of DDP runs; parameters' `grad`, buffers, torch's random state (of
-    the CPU and the device) and DDP itself are as before afterwards. Takes one forward and backward, holds one
-    gradient, sends the batch and 8 bytes a rank; where they differ, a gradient too. Waits for the device.
+    Finds ranks whose parameters or arithmetic differ. The filter cannot: such gradients are nearly those of the others.
+    Needs the same hardware and kernels on every rank. Nothing is averaged, no hook of DDP runs; parameters' `grad`,
+    buffers, torch's random state (of the CPU and the device) and DDP itself are as before afterwards. Takes one forward
+    and backward, holds one gradient, sends the batch and 8 bytes a rank; where they differ, a gradient too. Waits for
+    the device.
 
     Args:
         model: under DDP, or another with the same parameters on every rank; on one device.

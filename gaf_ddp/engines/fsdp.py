@@ -37,9 +37,10 @@ def filter_fsdp(model: nn.Module, state: GAFState) -> GAFState:
         fully_shard(model)
         state = filter_fsdp(model, GAFState())
 
-    Judged are all ranks that have a gradient: with replicas (HSDP) all of them. Gradients are in the dtype they are
-    reduced in (`MixedPrecisionPolicy(reduce_dtype=...)`). A step is a backward that reduce-scatters: those under
-    `set_requires_gradient_sync(False)` are none, and what they left is judged as one gradient with the next.
+    Every rank that has a gradient is judged. With replicas (HSDP) these are the ranks of all replicas. Gradients are
+    judged in the dtype in which they are reduced (`MixedPrecisionPolicy(reduce_dtype=...)`). A step is a backward that
+    reduce-scatters. A backward under `set_requires_gradient_sync(False)` is no step: its gradient is added to the next
+    one's, and they are judged as one.
 
     Sends, beside torch's own reduce-scatter: one step late 16 bytes a unit and once a step 4 k bytes to each other
     rank. At once, with exact slices, a reduce-scatter's bytes in its place (with several ranks per host more of them

@@ -160,7 +160,7 @@ class AtOnce:
             if self._fingerprints is None:
                 meet(state, self.group, gradient.device)
                 self._fingerprints = Fingerprints(self.group, gradient.device)
-            weighting, settings = state._weighting_now(), as_text(shared(state))
+            weighting, settings = state._weighting_at(state.step), as_text(shared(state))
             rows = self._exchange.scatter(gradient)
             summed = self._exchange.sum(torch.cat([gram(rows), self._fingerprints.own(settings)]))
             self._fingerprints.require_same(settings, summed[self.size :])

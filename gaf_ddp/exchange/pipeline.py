@@ -143,7 +143,7 @@ class Pipeline:
         """Take one decision for every bucket that waits, and write their averages."""
         state, arrivals = self._state, self._waiting
         self._waiting = []
-        weighting = state._weighting_now()
+        weighting = state._weighting_at(state.step)
         settings = as_text({**shared(state), "warm-up": state.step < state.start_step})
         measured = [arrival.measured for arrival in arrivals]
         total = measured[0] if len(measured) == 1 else torch.stack(measured).sum(0)

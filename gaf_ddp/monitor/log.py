@@ -34,8 +34,8 @@ class AgreementLog:
             optimizer.step()
             log.step()
 
-    The log resets nothing that `state.summary()` reads, and no `summary()` resets the log. A
-    restarted job appends; a record takes the place of earlier ones of its step or later (`gaf_ddp.report`).
+    The log and `state.summary()` count each for itself: neither resets the other. A restarted job appends to its file.
+    Where it repeats steps, `gaf_ddp.report` reads the later records.
 
     Args:
         state: the hook's state.

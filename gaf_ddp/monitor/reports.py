@@ -98,7 +98,11 @@ class Report:
         return [each for each in self.ranks if each.out_since is not None and self.step - each.out_since >= steps]
 
     def __str__(self) -> str:
-        """Return a line for each rank that is out, is kept rarely, or was not finite."""
+        """Return where the ranks stand, in words.
+
+        A line for each rank that is out, that is kept less often than the others, whose gradients were not finite, or
+        of which held-out data gave a verdict; and last what to do.
+        """
         out = self.out_for(10)
         kept = {each.rank: 1.0 if each.kept is None else each.kept for each in self.ranks}
         told = [each for each in self.ranks if each.trusted_since is not None or each.condemned_since is not None]

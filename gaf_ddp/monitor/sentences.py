@@ -67,7 +67,8 @@ def _first(record: Record, others: Sequence[Record], now: dict[int, Absence]) ->
 def _last(others: Sequence[Record], now: dict[int, Absence]) -> list[str]:
     if not now or not others:
         return []
-    kept = f"kept in at least {min(rank['kept'] for rank in others):.0%} of the last decisions"
+    least = min(rank["kept"] for rank in others)
+    kept = "kept in all of the last decisions" if least == 1 else f"kept in at least {least:.0%} of the last decisions"
     return [f"The other {len(others)} ranks are {kept}." if len(others) > 1 else f"The other one is {kept}."]
 
 

@@ -46,6 +46,11 @@ class Statistics:
             self._alarms.warn_of_ranks(self.report(step + 1))
             self._alarms.warn_of_equals(step, [machine(host) for host in self.hosts], decisions)
 
+    def note_reading(self, step: int) -> None:
+        """Note that held-out data are read after so many steps."""
+        if self.speaks:
+            self._alarms.warn_of_rare_readings(step)
+
     def summary(self, step: int, reset: bool, max_norm_ratio: float | None = None) -> dict[str, float]:
         """Return what `GAFState.summary` promises, after so many steps; the ratio is for the words of warnings."""
         now = self._totals.read()

@@ -59,11 +59,7 @@ def between(before: Mapping[str, list[float]], now: Sums) -> Sums:
 def summary(sums: Sums) -> dict[str, float]:
     """Return the means over the decisions in the sums; empty if there are none.
 
-    Keys: `gaf/kept_fraction`, `gaf/skipped_fraction`, `gaf/mean_cosine` (over pairs of voters),
-    `gaf/nonfinite_fraction`, `gaf/overlong_fraction`, `gaf/zero_fraction`, and `gaf/kept_rank_00` … : the share of
-    decisions in which that rank was kept, of those for which it had not finished (DDP's Join). With the consensus
-    rule `gaf/distance_rank_00` … too: its mean z, each at most 100. NaN is what there is no decision for.
-    `GAFState.summary` adds `gaf/out_rank_00` … and `gaf/noise_scale` (`monitor.noise`).
+    `GAFState.summary` says what the keys mean, and adds `gaf/out_rank_00` … and `gaf/noise_scale` (`monitor.noise`).
     """
     decisions = sum(sums["decisions"])
     if not decisions:

@@ -9,6 +9,7 @@ from gaf_ddp.rules.agreement import Agreement
 _logger = logging.getLogger(__name__)
 _LONG = 200  # steps in a row for which a rank must be out to be named
 _QUIET = 1000  # steps between two such warnings
+_RARE = 20  # steps between two readings of held-out data, above which they are too few
 
 
 class Alarms:
@@ -18,6 +19,8 @@ class Alarms:
         self._skips = 0  # steps in a row on which nothing agreed
         self._quiet_until = 0  # the step from which on ranks that are out are named again
         self._equals_quiet_until = 0  # the same for ranks whose gradients are equal
+        self._last_reading: int | None = None  # of held-out data, after so many steps
+        self._warned_of_readings = False
 
     def count_step(self, agreed: bool, limit: int | None) -> None:
         """Count a step; raise RuntimeError if nothing agreed in more steps in a row than the limit."""
@@ -61,3 +64,16 @@ class Alarms:
             "that was not told the rank? They count as one voter.",
             said,
         )
+
+    def warn_of_rare_readings(self, step: int) -> None:
+        """Warn once if held-out data, which are read now, were last read too long ago."""
+        since = 0 if self._last_reading is None else step - self._last_reading
+        self._last_reading = step
+        if since > _RARE and not self._warned_of_readings:
+            self._warned_of_readings = True
+            _logger.warning(
+                "gaf_ddp: state.reference was called after %d steps; call it every 10 to %d. A verdict needs several "
+                "readings: with one in 50 steps bad ranks stayed in for long, and a bad majority was not found.",
+                since,
+                _RARE,
+            )

@@ -74,6 +74,17 @@ class TestOfRanks:
         assert caplog.messages == [f"gaf_ddp: left out for long, is it broken? {said}"]
 
 
+def test_of_held_out_data_that_are_read_too_rarely_once_and_by_one_rank(caplog: pytest.LogCaptureFixture) -> None:
+    often, rarely, other = Statistics(), Statistics(), Statistics()
+    other.speaks = False
+    for step in range(100, 400):
+        for statistics, every in ((often, 20), (rarely, 50), (other, 50)):
+            if step % every == 0:
+                statistics.note_reading(step)
+    (message,) = caplog.messages
+    assert message.startswith("gaf_ddp: state.reference was called after 50 steps; call it every 10 to 20.")
+
+
 @pytest.mark.parametrize(
     ("gramian", "words"),
     [
@@ -87,7 +98,7 @@ def test_warns_where_most_decisions_found_no_agreement(
 ) -> None:
     state = GAFState(tau=0.5)
     for each in (gramian, torch.ones(3, 3), gramian, gramian):
-        end_step(state, decide(each, state._weighting_now(), None))
+        end_step(state, decide(each, state._weighting_at(state.step), None))
     state.summary(reset=False)
     assert len(caplog.messages) == 1
     assert words in caplog.text
