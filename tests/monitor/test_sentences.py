@@ -42,7 +42,7 @@ def test_sentences_say_who_has_finished_and_do_not_call_it_out() -> None:
     assert sentences(log)[1:] == [
         "Rank 2 on node-1 has finished: it is out of inputs.",
         "Rank 3 on node-1 has finished: it is out of inputs.",
-        "The other one is kept in at least 100% of the last decisions.",
+        "The other one is kept in all of the last decisions.",
         "Next, for rank 0: broken, or honest with data of its own? Give the filter held-out data "
         "(state.reference), or look at its data and its device.",
     ]
@@ -54,7 +54,7 @@ def test_sentences_say_what_held_out_data_found() -> None:
     assert sentences([log]) == [
         "Rank 1 on a is out since step 80: held-out data speak against it.",
         "Rank 3 on Host-B is far from the others and kept since step 120: held-out data speak for it.",
-        "The other 2 ranks are kept in at least 100% of the last decisions.",
+        "The other 2 ranks are kept in all of the last decisions.",
         "Next, for rank 1: held-out data say it does harm: look at its data and its device.",
     ]
     log = record(200, [1, 0, 1, 1], out_since=[None, 60, None, None], **verdicts)
