@@ -126,11 +126,11 @@ class Fingerprints:
 
 
 def describe(weighting: Callable[[Tensor], Tensor] | None) -> str:
-    """Return a rule's constructor call; of other callables only the name can be compared."""
+    """Return what a rule says of itself, if it has a `repr` of its own; else its name alone can be compared."""
     if weighting is None:
         return "None"
-    ours = isinstance(weighting, Weighting) and type(weighting).__module__.startswith("gaf_ddp.")
-    return repr(weighting) if ours else getattr(weighting, "__qualname__", type(weighting).__name__)
+    says = isinstance(weighting, Weighting) and type(weighting).__repr__ is not object.__repr__
+    return repr(weighting) if says else getattr(weighting, "__qualname__", type(weighting).__name__)
 
 
 @cache

@@ -11,6 +11,7 @@ from gaf_ddp.engines.fsdp import filter_fsdp, voters_of
 from gaf_ddp.engines.fsdp_units import units_of
 from gaf_ddp.engines.mesh import replica_group_of
 from gaf_ddp.engines.parameters import filter_parameters
+from gaf_ddp.given import require_state
 from gaf_ddp.hook import gaf_hook
 from gaf_ddp.skip import skip_on_disagreement, unwrapped
 from gaf_ddp.state import GAFState
@@ -80,14 +81,13 @@ def given_or_new(state: GAFState | None, settings: dict[str, Any]) -> GAFState:
         return GAFState(**settings)
     if settings:
         raise TypeError(f"state and settings exclude each other, found both: {', '.join(settings)}")
-    if not isinstance(state, GAFState):
-        raise TypeError(f"state must be a GAFState, found {type(state).__name__}")
+    require_state(state)
     return state
 
 
 def can_skip(state: GAFState) -> bool:
     """Return whether there may be steps on which nothing agrees: not by the consensus rule."""
-    return state._ratio is None
+    return not state._is_consensus
 
 
 def _find(model: nn.Module) -> nn.Module:

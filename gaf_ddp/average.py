@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gaf_ddp.ballots.late import LateFilter
-from gaf_ddp.connect import group_of, meet, warn_if_alone
+from gaf_ddp.connect import meet, warn_if_alone
 from gaf_ddp.engines.shown import as_vector
+from gaf_ddp.given import group_of, require_state
 from gaf_ddp.kernels.fold import Span
 from gaf_ddp.kernels.scale import correct
 from gaf_ddp.runtime.errors import named
@@ -51,8 +52,7 @@ def filter_average(tensors: Iterable[Tensor], state: GAFState, process_group: di
             several devices, or others than in the round before; the state has another process group or filters a
             model. On every rank: their settings or shapes differ.
     """
-    if not isinstance(state, GAFState):
-        raise TypeError(f"state must be a GAFState, found {type(state).__name__}")
+    require_state(state)
     found = list(tensors)
     way = state._way
     if way is None:
@@ -60,7 +60,7 @@ def filter_average(tensors: Iterable[Tensor], state: GAFState, process_group: di
         way = _Rounds(state, group_of(state, process_group), _required(found))
         state._way = way
     if not isinstance(way, _Rounds):
-        raise ValueError("state must be of these tensors alone, found one that filters a model")
+        raise ValueError("state must be of these tensors alone, found one that filters a model: make another GAFState")
     require(process_group in (None, way.group), "process_group must be that of the first round", process_group)
     with torch.no_grad(), named(f"round {state.step}"):
         way.average(_required(found))
@@ -138,7 +138,7 @@ def _required(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def _require_settings(state: GAFState) -> None:
     rule = "tau and weighting are not for averages, which the consensus rule judges: leave both None"
-    require(state._ratio is not None, rule, state.weighting or state.tau)
+    require(state._is_consensus, rule, state.weighting or state.tau)
     require(state.judge_every in (None, 1), "judge_every must be None or 1 for averages", state.judge_every)
     require(
         state.check_every is None, "check_every must be None for averages: they are no gradients", state.check_every

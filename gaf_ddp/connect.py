@@ -11,6 +11,7 @@ from gaf_ddp.ballots.late import LateFilter
 from gaf_ddp.engines.ddp import Model
 from gaf_ddp.engines.parts import require_replica, tensor_group_of
 from gaf_ddp.exchange.pipeline import Pipeline
+from gaf_ddp.given import or_default
 from gaf_ddp.runtime.device import kernels
 from gaf_ddp.runtime.errors import named
 from gaf_ddp.runtime.hosts import own_host
@@ -25,13 +26,11 @@ def connect(state: GAFState, bucket: Any) -> LateFilter | Pipeline:
         ValueError: there is no group, it is not the model's, the ranks' settings differ, or the bucket is another
             model's.
     """
-    group = state.process_group or dist.group.WORLD
-    if group is None:
-        raise ValueError("process_group is None and there is no default group: call init_process_group first")
+    group = or_default(state.process_group)
     parameters = bucket.parameters()
     way: LateFilter | Pipeline | None = state._way
     if way is not None and state._model is None:
-        raise ValueError("state must be of one model alone, found one that filters parameters, or another model")
+        raise ValueError("state must be of this model, found one that filters another: make a GAFState for each model")
     if way is None or way.group is not group:
         state._model = Model(parameters)
         state._model.require_group(group)
@@ -66,28 +65,11 @@ def meet(
     state._is_connected = True
 
 
-def group_of(state: GAFState, given: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """Return the group that is given, the state's or the default one, which is the state's from now on.
-
-    Raises:
-        ValueError: there is none, or the state has another.
-    """
-    ours = state.process_group
-    if ours is not None and given is not None and ours.group_name != given.group_name:
-        raise ValueError(f"process_group must be the state's, {ours.group_name!r}, found {given.group_name!r}")
-    group = given or ours or dist.group.WORLD
-    if group is None:
-        raise ValueError("process_group is None and there is no default group: call init_process_group first")
-    if ours is None:
-        state.process_group = group
-    return group
-
-
 def warn_if_alone(state: GAFState, group: dist.ProcessGroup, stacklevel: int) -> None:
     """Warn, one rank for all, that there is nothing to filter against."""
     if group.size() == 1:
         found = "there are no other gradients to filter against"
-    elif group.size() == 2 and state._ratio is not None and group.rank() == 0:
+    elif group.size() == 2 and state._is_consensus and group.rank() == 0:
         found = "two ranks cannot outvote each other: the consensus rule leaves one out from three ranks on"
     else:
         return

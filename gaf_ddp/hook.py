@@ -1,6 +1,6 @@
 """gaf_hook: Gradient Agreement Filtering as a DDP communication hook (arXiv 2412.18052), in two ways.
 
-One step late, `GAFState()`: the consensus rule judges by the last hundred steps, so its verdict may come a step late.
+One step late, `GAFState()`: the consensus rule judges by the last hundred steps, so its verdict may lag one behind.
 
     sketch += fold(bucket)                       (k,)    this rank's own, one reading of the bucket
     bucket *= share                              (N,)    this rank's own, from the last verdict
@@ -53,8 +53,8 @@ def gaf_hook(
         bucket: DDP's flat gradients `(N,)` of this rank, overwritten with the result.
 
     Returns:
-        A future of the bucket's buffer. What a rank raises on the way comes out of its `backward()`; what others
-        raise for want of it names step and bucket.
+        A future of the bucket's buffer. An error of this rank comes out of its `backward()`. The other ranks, which
+        miss it then, raise an error that names the step and the bucket.
 
     Raises:
         TypeError: state is no GAFState, bucket is no GradBucket, or holds a sparse gradient.
@@ -78,7 +78,8 @@ def _late(state: GAFState, late: LateFilter, bucket: Any) -> Future[Tensor]:
     share, spans = late.weigh(buffer, bucket.parameters())
     sent = buffer if late.wire_dtype is None else buffer.to(late.wire_dtype)
     sums = [dist.all_reduce(each, group=late.group, async_op=True) for each in (sent, share)]
-    check, where = late.checks.sums, f"step {state.step}, bucket {bucket.index()} (are all loaders as long?)"
+    check = late.checks.sums  # read before the step ends, which begins another
+    where = f"step {state.step}, bucket {bucket.index()} (do all loaders have the same length?)"
     if bucket.is_last():
         late.end()
 
@@ -87,20 +88,20 @@ def _late(state: GAFState, late: LateFilter, bucket: Any) -> Future[Tensor]:
     def corrected(added: Future[Any]) -> Tensor:
         with named(where):
             for each in (added, *futures):
-                each.wait()  # done: it raises what went wrong, and an accelerator's stream here waits for it
+                each.wait()  # it is done: this raises its error, and makes an accelerator's stream here wait for it
         average = correct(buffer if sent is buffer else buffer.copy_(sent), share)
         if check is not None:
             check.add(average, spans, sent.dtype)
         return average
 
-    # Accelerators' futures are done once they are enqueued, and bring what follows onto a stream behind them;
-    # `collect_all` knows no devices, and would bring it onto backward's own, before the sums are there.
+    # An accelerator's future is done once its work is enqueued, and runs what follows on a stream ordered behind it.
+    # `collect_all` knows no devices: what follows would run on backward's own stream, before the sums are there.
     done = torch.futures.collect_all(futures) if buffer.device.type == "cpu" else futures[-1]
     return done.then(corrected)
 
 
 def _require(state: object, bucket: object) -> None:
-    """Raise TypeError unless these are what a hook is called with; RuntimeError where it could not be called again."""
+    """Raise TypeError unless these are what a hook is called with; RuntimeError in the capture of a CUDA graph."""
     if not isinstance(state, GAFState):
         raise TypeError(f"state must be a GAFState, found {state!r}; register_comm_hook(GAFState(), gaf_hook)")
     if not isinstance(bucket, dist.GradBucket):  # type: ignore[attr-defined]

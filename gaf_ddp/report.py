@@ -3,7 +3,7 @@
 python -m gaf_ddp.report agreement.jsonl --out agreement.png
 """
 
-from gaf_ddp.monitor.report import main
+from gaf_ddp.monitor.report_command import main
 
 if __name__ == "__main__":
     main()

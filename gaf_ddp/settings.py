@@ -31,7 +31,10 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "a torch.distributed.ProcessGroup that this rank is in, or None",
         lambda value: value is None or isinstance(value, dist.ProcessGroup),
     ),
-    "weighting": ("callable or None", lambda value: value is None or callable(value)),
+    "weighting": (
+        "callable, and no class, or None",
+        lambda value: value is None or (callable(value) and not isinstance(value, type)),
+    ),
     "scope": ("'bucket', 'model' or None", lambda value: value is None or value in ("bucket", "model")),
     "exchange": (
         "'auto', 'sketch', 'sharded' or 'gather'",
@@ -171,5 +174,9 @@ class Settings:
         return require_tau(self.tau(step)) if callable(self.tau) else self.tau
 
     @property
+    def _is_consensus(self) -> bool:
+        return self._ratio is not None
+
+    @property
     def _is_late(self) -> bool:
-        return self._ratio is not None or self.watch
+        return self._is_consensus or self.watch

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from gaf_ddp.given import require_state
 from gaf_ddp.monitor.records import Decision
 from gaf_ddp.state import GAFState
 
@@ -38,8 +39,7 @@ def skip_on_disagreement(optimizer: Optimizer, state: GAFState) -> Callable[[], 
         TypeError: optimizer or state is not what its name says.
     """
     optimizer = unwrapped(optimizer)
-    if not isinstance(state, GAFState):
-        raise TypeError(f"state must be a GAFState, found {type(state).__name__}")
+    require_state(state)
     veto = _Veto(state)
     handles: list[RemovableHandle] = [
         optimizer.register_step_pre_hook(veto.before_step),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gaf_ddp.ballots.judge import Judge
 from gaf_ddp.monitor.records import Decision, Records
-from gaf_ddp.monitor.reports import Report
+from gaf_ddp.monitor.report import Report
 from gaf_ddp.rules.agreement import Agreement
 from gaf_ddp.saving import from_dict, to_dict
 from gaf_ddp.settings import Settings, require
@@ -29,15 +29,16 @@ class GAFState(Settings):
 
     For the consensus rule:
         momentum: decay of what ranks are judged by, per step, in [0, 1).
-        judge_every: steps from one verdict to the next. None: 1 up to 16 ranks; beyond them so many, but at most 8,
-            that what ranks send for it is a hundredth of the gradient's bytes.
+        judge_every: steps from one verdict to the next. None: as few, from 1 to 8, as keep what ranks send for it below
+            a hundredth of the gradient's bytes; 1 up to 16 ranks.
         sketch_size: k, numbers that a rank's gradient is judged by, at least 64.
         voters: `"rank"`, or `"host"`: all ranks of a host are judged as one.
-        check_every: compare, every so many steps, the bits of all ranks' parameters, and each average with what
-            ranks voted with. With tau and weighting the parameters alone. Never under FSDP2.
+        check_every: every so many steps check that all ranks have the same parameters, to the bit, and that each
+            average is that of the gradients that ranks voted with. With tau and weighting the parameters alone. Never
+            under FSDP2.
         replica_group: the ranks that hold the rest of this replica's model: tensor parallel, pipeline. A replica has
-            one vote and one verdict, two steps late. `check_every` compares parameters alone then. A pipeline's stages
-            look for gradients that are too long, or not finite, each by itself.
+            one vote and one verdict, two steps late. `check_every` compares parameters alone then. Each stage of a
+            pipeline checks its own part of the gradient for norms that are too large, NaN and infinity.
 
     For tau and weighting:
         scope: `"bucket"` (None), one decision per DDP bucket; `"model"`, one per step on the whole gradient, as the
@@ -51,8 +52,9 @@ class GAFState(Settings):
         process_group: the group DDP was built with; None is the default group at the first bucket.
         start_step: plain averaging before this step.
         wire_dtype: dtype the gradients travel in, e.g. `torch.bfloat16`.
-        max_norm_ratio: longest gradient in upper median norms of the ranks that count. The consensus rule shortens a
-            longer one to it, by the last verdict's norms; with tau and weighting it has no vote. None is no limit.
+        max_norm_ratio: largest norm of a gradient, in upper medians of the norms of the ranks that count. The consensus
+            rule shortens a longer gradient to it, by the last verdict's norms; with tau and weighting it has no vote.
+            None is no limit.
 
     tau, weighting, start_step, max_norm_ratio and watch may be assigned while training, on every rank alike; a
     difference is raised on all, a step later at most. The others hold from the first bucket on. One state, one model.
@@ -116,15 +118,15 @@ class GAFState(Settings):
         return self._records.statistics.summary(self.step, reset, self.max_norm_ratio)
 
     def reference(self, loss: Callable[[float], Tensor]) -> None:
-        """Let held-out data tell honest ranks that differ from bad ones, and find a bad majority; a few steps later.
+        """Judge the ranks by held-out data too: it tells honest ranks with unusual data from bad ones.
 
             if step % 20 == 0:
                 state.reference(lambda temperature: criterion(model(inputs) / temperature, targets))
 
-        Call it on every rank, between steps, every 10 to 20 of them (rank 0 warns if fewer), with each rank's own
-        share of some 100 examples or more that nobody trains on, and that have what the model is for. Its gradient is
-        read twice and folded, not averaged: `.grad`, buffers, torch's random state, DDP and the next step are as if it
-        had not been called.
+        Call it on every rank, between steps, every 10 to 20 of them (rank 0 warns if fewer), with each rank's own share
+        of some 100 examples or more. Nobody may train on them, and they must cover what the model has to learn. It
+        finds a bad majority too. Takes effect a few steps later. Its gradient is read twice and folded, not averaged:
+        `.grad`, buffers, torch's random state, DDP and the next step are as if it had not been called.
 
         Costs two forwards and backwards of the share, one gradient's memory, and 8 k bytes more in one ballot. Before
         the first step it returns at once. Under FSDP2 there must be no gradients that wait to be reduced.
@@ -141,7 +143,7 @@ class GAFState(Settings):
         if not callable(loss):
             raise TypeError(f"loss must be callable, from a temperature to the loss, found {loss!r}")
         rule = "reference is for the consensus rule: tau and weighting must be None"
-        require(self._ratio is not None, rule, self.tau if self.weighting is None else self.weighting)
+        require(self._is_consensus, rule, self.tau if self.weighting is None else self.weighting)
         if self._way is not None:
             self._records.statistics.note_reading(self.step)
             self._way.read(loss)
@@ -149,11 +151,11 @@ class GAFState(Settings):
     def report(self) -> Report:
         """Return where each rank stands; waits and raises as `summary()` does.
 
-        At the end of a job call it on every rank: one that leaves takes the last ballots with it.
+        At the end of a job call it on every rank before any of them exits: else the last ballots are lost.
         """
         self._catch_up()
         found = self._records.statistics.report(self.step, self.max_norm_ratio)
-        return replace(found, watch=self.watch)
+        return replace(found, watch=self.watch, is_consensus=self._is_consensus)
 
     def advance(self) -> None:
         """End a step of `filter_parameters`, a collective; RuntimeError if the state filters no parameters."""

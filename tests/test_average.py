@@ -142,7 +142,7 @@ def errors(device: torch.device) -> None:
     model = ddp(Probe([4]), device)
     model.register_comm_hook(state, gaf_hook)
     loss = model(torch.ones(4))
-    with pytest.raises(ValueError, match=r"state must be of one model alone"):
+    with pytest.raises(ValueError, match=r"state must be of this model, found one that filters another"):
         loss.backward()
     with pytest.raises(ValueError, match=r"tensors must be the same on every rank"):
         filter_average([torch.ones(3 + dist.get_rank())], GAFState())

@@ -184,7 +184,7 @@ def test_errors_end_every_rank(reports: dict[Failure, Future[list[Report]]], fai
         assert report.again.seconds < GROUP_TIMEOUT
         if failure.on_all:
             assert report.anew.kind == "ValueError"
-            assert "a GAFState must be of one model alone: make one for each" in report.anew.traceback
+            assert "state must be of this model: make a GAFState for each model" in report.anew.traceback
             assert report.anew.seconds < GROUP_TIMEOUT
 
 

@@ -66,7 +66,7 @@ def read_held_out_data(device: torch.device, block: str) -> int:
     ((held_inputs, held_targets),) = batches(dist.get_rank(), 1)
     for step in range(41):
         exec(block, {**globals(), **locals()})
-        folded += state._way is not None and state._way.references.waiting > 0 and step % 20 == 0
+        folded += state._way is not None and state._way.readings.waiting > 0 and step % 20 == 0
         criterion(model(held_inputs), held_targets).backward()
     return folded
 

@@ -15,7 +15,7 @@ from gaf_ddp.ballots.verdict import draw
 from gaf_ddp.ballots.voters import Voters
 from gaf_ddp.kernels.fold import fold, whole
 from gaf_ddp.kernels.scale import correct, scale
-from gaf_ddp.rules.consensus import upper_median
+from gaf_ddp.rules.medians import upper_median
 
 
 class OneStepLate:

@@ -35,8 +35,8 @@ class Opinion(NamedTuple):
 class Judge:
     """The consensus rule over ballots.
 
-    Momenta `(V, k)` are on the device and see every ballot there (`tally`); what the rule needs of them are two
-    matrices `(V, V)`, which the host reads a step later (`judge`).
+    Momenta `(V, k)` stay on the device, where `tally` adds each ballot to them. The rule needs two matrices `(V, V)` of
+    them, which the host reads a step later (`judge`).
 
     Args:
         ratio: largest z of a kept voter.
@@ -48,7 +48,7 @@ class Judge:
         self._memory, self._reference = ConsensusMemory(), ReferenceMemory()
         self._witness = Witness()
         self._momenta: Tensor | None = None
-        self._moves: Tensor | None = None  # (V, V), to be taken to the momenta before the next gradients are added
+        self._moves: Tensor | None = None  # (V, V), multiplies the momenta before the next gradients are added
         self.kept = torch.ones(0, dtype=torch.bool)
 
     def tally(self, gradients: Tensor, steps: int, shares: Tensor | None = None) -> Tensor:
@@ -70,7 +70,8 @@ class Judge:
         momenta = momenta.to(gradients.device)
         if self._moves is not None:
             moves = self._moves.to(gradients.device, non_blocking=True)
-            momenta = (moves @ momenta.nan_to_num(0.0, 0.0, 0.0).double()).float()  # what is not finite goes nowhere
+            finite = momenta.nan_to_num(0.0, 0.0, 0.0)  # else NaN in one row would spread to all
+            momenta = (moves @ finite.double()).float()
         self._momenta = torch.add(gradients, momenta, alpha=self.momentum**steps)
         both = torch.cat([self._momenta, gradients]).double()  # float32 products may silently use TF32
         products = both @ both.mT
@@ -103,9 +104,8 @@ class Judge:
         good = self._reference.keep(good, found.z, self.ratio)
         if bool((good & voters).any()):  # else nobody would count
             self.kept = good
-        self._moves = (
-            found.moves if self._momenta is None or self._momenta.device.type == "cpu" else (found.moves.pin_memory())
-        )
+        on_host = self._momenta is None or self._momenta.device.type == "cpu"
+        self._moves = found.moves if on_host else found.moves.pin_memory()
         verdict = None if self._reference.evidence is None else self._reference.evidence.verdict
         return Opinion(self.kept, found.z, found.flipped, gramian, found.equal, verdict)
 
@@ -119,7 +119,7 @@ class Judge:
         return file.getvalue()
 
     def load(self, content: bytes) -> None:
-        """Restore what `dump` returned; of another world size it begins anew at the next ballot.
+        """Restore what `dump` returned. If the world size has changed, the memory is reset at the next ballot.
 
         Raises:
             ValueError: content is something else; nothing is changed then.

@@ -5,9 +5,9 @@
     …                                                 the engine adds up gradients and shares
     late.end()                                        after the last bucket: the ballot
 
-`weigh` is `ballot.fold` and `share.scale`, which engines that show a gradient in parts call themselves. What is sent,
-is sent in the hook, in the buckets' order, on the group that gradients are averaged over. Accelerators count ballots
-on a stream beside. The host waits for the last ballots alone.
+`weigh` is `ballot.fold` and `share.scale`, which engines that show a gradient in parts call themselves. All collectives
+start in the hook, in the buckets' order, on the group that gradients are averaged over. Accelerators count ballots on a
+side stream. The host waits for the last ballots alone.
 """
 
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ from torch import Tensor
 from gaf_ddp.alike import fingerprints, require_alike, require_one_replica, shared
 from gaf_ddp.ballots.ballot import Numbers, Told, affordable, read
 from gaf_ddp.ballots.count import Sent
+from gaf_ddp.ballots.held_out import Readings
 from gaf_ddp.ballots.opened import OpenBallot
 from gaf_ddp.ballots.places import Places
 from gaf_ddp.ballots.post import Post
-from gaf_ddp.ballots.references import References
 from gaf_ddp.ballots.replica import Replica
 from gaf_ddp.ballots.share import Share
 from gaf_ddp.ballots.verdict import Verdict, draw, watch
@@ -32,6 +32,7 @@ from gaf_ddp.checks.ballots import BallotChecks
 from gaf_ddp.engines.apart import Loss
 from gaf_ddp.kernels.fold import Spans, fold
 from gaf_ddp.monitor.records import Decision
+from gaf_ddp.runtime.backward import number_of_backward
 from gaf_ddp.runtime.errors import named
 
 if TYPE_CHECKING:
@@ -45,10 +46,10 @@ class LateFilter:
         state: the settings, the judge, and where records go.
         group: the W ranks that gradients are averaged over.
         device: of the gradients.
-        averages: whether the engine itself divides by W what it adds up, or DDP, which leaves that to its hook.
-        in_buckets: whether ranks bring the same buckets in the same order, and their averages come back; else parts
-            in any order. Only then can ranks ask for each other's norms in the first step, and check sums.
-        every: steps of a ballot, whatever the state says.
+        averages: whether the engine divides the sum of the gradients by W. DDP leaves that to its hook.
+        in_buckets: whether all ranks see the same buckets in the same order, and the averages; else parts in any order.
+            Only with buckets can ranks ask for each other's norms in the first step, and check sums.
+        every: steps of a ballot, in place of `state.judge_every`.
         tensor_group: ranks that tensor parallelism spreads parameters over, if it does.
     """
 
@@ -75,14 +76,13 @@ class LateFilter:
         self._latest = -1  # the index of the last bucket
         self._judge_every = every or state.judge_every
         self._every = self._judge_every or 1  # steps of a ballot
-        self.references = References()
-        sums = in_buckets and self._replica is None
-        self.checks = BallotChecks(state.check_every, state.sketch_size, state._records.statistics.hosts, sums)
+        self.readings = Readings()
+        self.checks = BallotChecks(state, sums=in_buckets and self._replica is None)
         self.ballot = OpenBallot(state.sketch_size, device)
         self.recall()
 
     def begin_if_first(self, index: int) -> None:
-        """Begin a step if a bucket of this index, which grows in a step, is its first."""
+        """Begin a step if a bucket of this index is its first; indices grow in a step."""
         if not self.is_open or index <= self._latest:
             self.begin()
         self._latest = index
@@ -117,21 +117,21 @@ class LateFilter:
             self._send()
 
     def fold(self, gradient: Tensor, parameters: Sequence[Tensor], count: int | None = None) -> Tensor:
-        """Return the sketch `(k,)` of a gradient `(N,)` of parameters that are known from training."""
+        """Return the sketch `(k,)` of a gradient `(N,)` of parameters known from training."""
         return fold(gradient, self.places.spans(parameters, count)[1], self._state.sketch_size)[0]
 
     def read(self, loss: Loss) -> None:
         """Fold the two gradients of a loss on held-out data, apart from training, for a later ballot."""
         model = None if self._state._model is None else self._state._model.wrapped
-        self.references.read(loss, self.parameters, model, lambda gradient: self.fold(gradient, self.parameters))
+        self.readings.read(loss, self.parameters, model, lambda gradient: self.fold(gradient, self.parameters))
 
     def end(self) -> None:
-        """End a step, and send the ballot if it is full."""
+        """End a step: `vote` and `close`."""
         self.vote()
         self.close()
 
     def close(self) -> None:
-        """End a step whose ballot is sent."""
+        """Count the step, whose ballot is sent if it was full."""
         self.is_open = False
         self._state._end_step()
 
@@ -155,7 +155,7 @@ class LateFilter:
             numbers = read(held, len(sent.keys))
             require_alike(shared(self._state), numbers.settings, self.group.rank())
             require_one_replica(numbers.unlike)
-            self.references.require(numbers)
+            self.readings.require(numbers)
             self.checks.require(numbers, sent.step)
         verdict = self._verdict(sent, products, numbers)
         self.checks.compare(sent, numbers, verdict.guarded)
@@ -165,11 +165,11 @@ class LateFilter:
         self._state._records.add_read(sent.step, decision, self._state.max_consecutive_skips, sent.steps)
 
     def _verdict(self, sent: Sent, products: Tensor, numbers: Numbers) -> Verdict:
-        judge, ratio = self._state._judge, self._state.max_norm_ratio
+        judge, longest = self._state._judge, self._state.max_norm_ratio
         if judge is None:
-            return watch(self._state._weighting_at(self._state.step), products, numbers, ratio)
+            return watch(self._state._weighting_at(self._state.step), products, numbers, longest)
         limits = self.share.limits.known(sent.keys)
-        return draw(judge, products, numbers, self._voters, sent.steps, ratio, limits, sent.counted)
+        return draw(judge, products, numbers, self._voters, sent.steps, longest, limits, sent.counted)
 
     def recall(self) -> None:
         """Begin with what the judge remembers, which has been loaded; everybody counts if that is nothing."""
@@ -179,18 +179,18 @@ class LateFilter:
             self._drop_check()
 
     def _drop_check(self) -> None:
-        """Check no sum of a ballot in the midst of which changes who counts."""
+        """Drop the sums' check where the set of ranks that count changes within a ballot."""
         if self.ballot.steps:
             self.checks.sums = None
 
     def _send(self) -> None:
         """Send the ballot, and begin another."""
         state, check, counted, squares = self._state, self.checks.sums, self.share.counted(), self.ballot.squares
-        finished = self._in_buckets and torch._C._current_graph_task_id() == -1  # outside of backward: in DDP's Join
+        finished = self._in_buckets and number_of_backward() is None  # in DDP's Join
         if check is not None and not state.watch and counted[self.group.rank()]:
             check.guard(list(map(torch.stack, squares.values())), self.share.limits.held(squares))
-        sketch, loss = self.references.append_to(self.ballot.sketch)
-        waits, settings = self.references.waiting, fingerprints(shared(state))
+        sketch, loss = self.readings.append_to(self.ballot.sketch)
+        waits, settings = self.readings.waiting, fingerprints(shared(state))
         told = Told(finished, settings, self.checks.hash, self.checks.off, waits, loss)
         self._post.send(self.ballot, sketch, told, check, counted)
         if self._judge_every is None:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gaf_ddp.ballots.places import Key
-from gaf_ddp.rules.consensus import upper_median
+from gaf_ddp.rules.medians import upper_median
 from gaf_ddp.runtime.collectives import all_gather_single
 from gaf_ddp.runtime.device import to_device
 

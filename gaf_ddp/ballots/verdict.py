@@ -11,7 +11,7 @@ from gaf_ddp.ballots.ballot import Numbers
 from gaf_ddp.ballots.judge import Judge
 from gaf_ddp.ballots.voters import Voters
 from gaf_ddp.rules.agreement import Agreement, decide
-from gaf_ddp.rules.consensus import upper_median
+from gaf_ddp.rules.medians import upper_median
 from gaf_ddp.rules.reference import CONDEMNED, REACH, TRUSTED
 from gaf_ddp.rules.weighting import cosine
 
@@ -23,7 +23,8 @@ class Verdict(NamedTuple):
         kept: bool `(W,)`, who counts.
         limits: `(W, buckets)` float64, the longest norm of each bucket's gradient.
         agreement: the record of what the ballots said.
-        guarded: whether a rank that counted in these steps was shortened, or left out of a bucket.
+        guarded: whether the gradient of a rank that counted was shortened, or left out of a bucket: then the sum is
+            not that of the gradients that ranks voted with, and must not be checked.
     """
 
     kept: Tensor
@@ -38,7 +39,7 @@ def draw(
     numbers: Numbers,
     voters: Voters,
     steps: int,
-    ratio: float | None,
+    max_norm_ratio: float | None,
     limits: Tensor,
     counted: Tensor,
 ) -> Verdict:
@@ -50,8 +51,8 @@ def draw(
         numbers: what else they say.
         voters: who votes together.
         steps: how many steps the ballots are about.
-        ratio: longest norm, in upper medians of those who count; None for no limit.
-        limits: `(W, buckets)`, that held in these steps, and hold on where nobody had a gradient.
+        max_norm_ratio: longest norm, in upper medians of those who count; None for no limit.
+        limits: `(W, buckets)`, those of these steps; they hold on for buckets in which nobody had a gradient.
         counted: bool `(W,)`, who counted in them.
     """
     squares = numbers.squares / steps
@@ -84,7 +85,7 @@ def draw(
         finished=numbers.finished != 0,
     )
     median = upper_median(norms, counting[:, None] & (norms > 0))
-    reach = torch.full((len(kept), 1), math.inf if ratio is None else ratio, dtype=torch.float64)
+    reach = torch.full((len(kept), 1), math.inf if max_norm_ratio is None else max_norm_ratio, dtype=torch.float64)
     if agreement.trusted is not None:
         reach[agreement.trusted] = reach[agreement.trusted].clamp(max=REACH)
     longest = torch.where(median < math.inf, reach * median, limits)
@@ -92,18 +93,20 @@ def draw(
     return Verdict(kept, longest, agreement, guarded=not bool(alike[counted].all()))
 
 
-def watch(weighting: Callable[[Tensor], Tensor], products: Tensor, numbers: Numbers, ratio: float | None) -> Verdict:
+def watch(
+    weighting: Callable[[Tensor], Tensor], products: Tensor, numbers: Numbers, max_norm_ratio: float | None
+) -> Verdict:
     """Record what a rule without a memory would have decided on the ballots' gradients; everyone counts."""
     total = numbers.squares.sum(1)
     gramian = as_long_as(products, total)
     gramian.diagonal()[~total.isfinite()] = math.nan
-    agreement = decide(gramian, weighting, ratio)
+    agreement = decide(gramian, weighting, max_norm_ratio)
     everyone = torch.ones_like(agreement.kept)
     return Verdict(everyone, torch.full_like(numbers.squares, math.inf), agreement, guarded=False)
 
 
 def as_long_as(gramian: Tensor, squares: Tensor) -> Tensor:
-    """Return a Gramian `(W, W)` of sketches, which know norms to 1/√k, with the exact squared norms `(W,)`."""
+    """Return a Gramian `(W, W)` of sketches, whose norms are off by 1/√k, with the exact squared norms `(W,)`."""
     length = gramian.diagonal().sqrt()
     exact = torch.where((length > 0) & squares.isfinite(), squares.sqrt() / length, 1)
     return gramian * exact[:, None] * exact[None, :]

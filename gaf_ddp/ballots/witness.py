@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from gaf_ddp.rules.consensus import upper_median
+from gaf_ddp.rules.medians import upper_median
 
 _LONGEST = 10.0  # median lengths, to which a ballot's gradient is cut in the sums
 

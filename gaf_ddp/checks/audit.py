@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gaf_ddp.checks.replicas import gathered, group_of, majority
 from gaf_ddp.engines.apart import apart
 from gaf_ddp.kernels.hash import hash_bits
-from gaf_ddp.monitor.reports import AuditReport, RankAudit
+from gaf_ddp.monitor.report import AuditReport, RankAudit
 from gaf_ddp.runtime.collectives import all_gather_text
 from gaf_ddp.runtime.hosts import machine, own_host
 

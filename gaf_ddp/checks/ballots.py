@@ -13,15 +13,14 @@ from gaf_ddp.kernels.hash import hash_bits
 if TYPE_CHECKING:
     from gaf_ddp.ballots.ballot import Numbers
     from gaf_ddp.ballots.count import Sent
+    from gaf_ddp.state import GAFState
 
 
 class BallotChecks:
     """The checks of one model's ballots.
 
     Args:
-        every: steps between checks; None is never.
-        size: k, numbers of a sketch.
-        hosts: of the ranks.
+        state: its `check_every` and sketch size, and the ranks' hosts.
         sums: whether averages are seen, and can be checked.
 
     Attributes:
@@ -30,8 +29,9 @@ class BallotChecks:
         off: how far the last ballots' sum was off, `()` float64 on the device, or None.
     """
 
-    def __init__(self, every: int | None, size: int, hosts: Sequence[str], sums: bool = True) -> None:
-        self._every, self._size, self._hosts, self._sees_sums = every, size, hosts, sums
+    def __init__(self, state: "GAFState", sums: bool) -> None:
+        self._every, self._size, self._sees_sums = state.check_every, state.sketch_size, sums
+        self._hosts = state._records.statistics.hosts
         self.sums: SumCheck | None = None
         self.hash: Tensor | None = None
         self.off: Tensor | None = None

@@ -39,7 +39,7 @@ class Model:
             return
         own = set(map(id, parameters_of(model)))
         if not own.issuperset(key):
-            rule = "a GAFState must be of one model alone: make one for each"
+            rule = "state must be of this model: make a GAFState for each model"
             raise ValueError(f"{rule}, found gradients of another model than {type(model.module).__name__}")
         self._known.add(key)
 

@@ -25,6 +25,7 @@ from gaf_ddp.connect import warn_if_alone
 from gaf_ddp.engines.fsdp_units import Unit, units_of
 from gaf_ddp.engines.fsdp_ways import AtOnce, OneStepLate
 from gaf_ddp.engines.parts import require_replica, tensor_group_of
+from gaf_ddp.given import require_new, require_state
 from gaf_ddp.kernels.gram import combine
 from gaf_ddp.kernels.scale import correct
 from gaf_ddp.settings import require
@@ -64,16 +65,14 @@ def filter_fsdp(model: nn.Module, state: GAFState) -> GAFState:
         RuntimeError: this torch's fully_shard is unknown. At once, in backward: gradients are reduced outside of it,
             or inside of another, as checkpoints with `use_reentrant=True` do.
     """
-    if not isinstance(state, GAFState):
-        raise TypeError(f"state must be a GAFState, found {type(state).__name__}")
+    require_state(state)
     rule = "scope must be 'bucket' under fully_shard, 'model' would hold the gradient unsharded"
     require(state._is_late or state.scope != "model", rule, state.scope)
     rule = "wire_dtype must be None under fully_shard: use MixedPrecisionPolicy(reduce_dtype=...)"
     require(state.wire_dtype is None, rule, state.wire_dtype)
     rule = "check_every must be None under fully_shard, whose parameters are no replicas"
     require(state.check_every is None, rule, state.check_every)
-    if state._way is not None:
-        raise ValueError("state must be of one model alone, found one that filters another, or this already")
+    require_new(state)
     units = units_of(model)
     group = voters_of(state, units[0])
     tensor_group = tensor_group_of((each for unit in units for each in unit.parameters), units[0].ranks)

@@ -3,7 +3,7 @@
 From torch 2.11 to 2.15: `FSDPModule._get_fsdp_state`; of a state `_fsdp_param_groups`, in 2.11 one
 `_fsdp_param_group`, and `_state_ctx.post_backward_final_callback_queued`; of a group `fsdp_params` with their
 `sharded_param`, `mesh_info` with `mesh`, `shard_mesh_dim` and `replicate_mesh_dim`, `_reduce_scatter_comm`,
-`_reduce_scatter_process_group` and `_all_reduce_hook`; and `torch._C._current_graph_task_id`.
+`_reduce_scatter_process_group` and `_all_reduce_hook`.
 """
 
 from collections.abc import Callable, Iterator
@@ -110,13 +110,6 @@ def units_of(model: nn.Module) -> list[Unit]:
             found = f"{units[0].ranks} {_of(units[0].name)} and {unit.ranks} {_of(unit.name)}"
             raise ValueError(f"all units must be on the same ranks, found {found}")
     return units
-
-
-def current_backward() -> int:
-    """Return which backward this is, a number that no other has; -1 outside of one."""
-    with guarded():
-        number: int = torch._C._current_graph_task_id()
-        return number
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from gaf_ddp.alike import Fingerprints, as_text, shared
 from gaf_ddp.ballots.late import LateFilter
 from gaf_ddp.connect import meet
 from gaf_ddp.engines.apart import Loss, apart, require_loss
-from gaf_ddp.engines.fsdp_units import Unit, current_backward
+from gaf_ddp.engines.fsdp_units import Unit
 from gaf_ddp.exchange.gather import GatherExchange
 from gaf_ddp.exchange.protocol import Exchange
 from gaf_ddp.exchange.sharded import ShardedExchange
@@ -20,7 +20,7 @@ from gaf_ddp.kernels.gram import gram
 from gaf_ddp.monitor.records import Decision
 from gaf_ddp.rules.agreement import decide
 from gaf_ddp.rules.reference import TEMPERATURES
-from gaf_ddp.runtime.backward import at_end_of_backward
+from gaf_ddp.runtime.backward import at_end_of_backward, number_of_backward
 from gaf_ddp.runtime.errors import named
 from gaf_ddp.settings import require
 
@@ -43,7 +43,7 @@ class OneStepLate:
         self._state, self._units = state, units
         self._late: LateFilter | None = None
         self._seen: set[Unit] = set()  # in this step
-        self._backward = -1  # at whose end the step may end
+        self._backward: int | None = None  # at whose end the step may end
         self._stream: Any = None  # torch's own for reduce-scatters
         self._reading: Tensor | None = None  # (k,), while held-out data are read
 
@@ -60,7 +60,7 @@ class OneStepLate:
                 self._seen.clear()
             self._seen.add(unit)
             self._stream = torch.get_device_module(gradient.device).current_stream()
-            self._end_with(current_backward())
+            self._end_with(number_of_backward())
             return self._late.weigh(gradient, unit.parameters, gradient.numel())[0]
 
     def add_up(self, share: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class OneStepLate:
                 self._reading = None
                 for parameter, gradient in kept:
                     parameter.grad = gradient
-        late.references.put(readings, value.detach().double().view(()))
+        late.readings.put(readings, value.detach().double().view(()))
 
     def draw(self) -> None:
         """Wait for the ballots that were sent."""
@@ -112,18 +112,18 @@ class OneStepLate:
         if self._late is not None:
             self._late.recall()
 
-    def _end_with(self, backward: int) -> None:
-        if backward != self._backward and at_end_of_backward(partial(self._end, backward)):
+    def _end_with(self, backward: int | None) -> None:
+        if backward != self._backward and at_end_of_backward(self._end):
             self._backward = backward
 
-    def _end(self, backward: int, waited: bool = False) -> None:
+    def _end(self, waited: bool = False) -> None:
         """End the step with backward, where torch's own callbacks have had the units that are left.
 
         One that ends inside of another backward leaves the step to the next one's first unit.
         """
         if any(unit.in_backward for unit in self._units):
             if not waited:
-                at_end_of_backward(partial(self._end, backward, True))
+                at_end_of_backward(partial(self._end, True))
             return
         if self._late is not None and self._late.is_open:
             with torch.get_device_module(self._late.device).stream(self._stream):  # backward's may not wait for it
@@ -148,13 +148,13 @@ class AtOnce:
         self._fingerprints: Fingerprints | None = None
         self._decided: list[Decision] = []  # in this step
         self._numbers: list[Tensor] = []  # of the settings and weights that each rank decided by
-        self._backward = -1  # the one that the step is
+        self._backward: int | None = None  # the one that the step is
         self._stream: Any = None  # torch's own for reduce-scatters
 
     def judge_unit(self, unit: Unit, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows, and the weights `(W,)` in the unit of ranks that count 1/W each, of one unit's gradient."""
         state = self._state
-        self._begin(current_backward())
+        self._begin(number_of_backward())
         with named(f"step {state.step}, unit {unit.name or 'root'}"):
             self._stream = torch.get_device_module(gradient.device).current_stream()
             if self._fingerprints is None:
@@ -170,17 +170,14 @@ class AtOnce:
             self._numbers += summed[self.size :].unbind()
         return rows, agreement.weights * self.size
 
-    def _begin(self, backward: int) -> None:
+    def _begin(self, backward: int | None) -> None:
         """Begin a step with the first unit of a backward."""
-        if backward == self._backward != -1:
+        if backward is not None and backward == self._backward:
             return
         if not at_end_of_backward(self._end):
             raise RuntimeError("gaf_ddp: gradients must be reduced in backward, found one that is reduced outside")
-        self._backward, self._decided, self._numbers = (
-            backward,
-            [],
-            [],
-        )  # one that broke off may have left some behind
+        self._backward = backward
+        self._decided, self._numbers = [], []  # a backward that broke off may have left some
 
     def _end(self, waited: bool = False) -> None:
         """End the step with backward, where torch's own callbacks have had the units that are left."""

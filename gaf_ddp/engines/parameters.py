@@ -5,7 +5,7 @@
     state.advance()                                                    all_gather(ballot), once a step
 
 A rank's share is known since the last verdict, so nothing is asked of the others meanwhile, and hooks may fire in
-another order on each rank. What nobody can do here is to look at the engine's average, and to correct it.
+another order on each rank. The engine's average cannot be read or corrected here.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gaf_ddp.ballots.late import LateFilter
-from gaf_ddp.connect import group_of, meet, warn_if_alone
+from gaf_ddp.connect import meet, warn_if_alone
 from gaf_ddp.engines.parts import require_replica, tensor_group_of
 from gaf_ddp.engines.shown import as_vector, is_part, like, require_seen, require_shown
+from gaf_ddp.given import group_of, require_new, require_state
 from gaf_ddp.kernels.fold import Span
 from gaf_ddp.runtime.errors import named
 from gaf_ddp.settings import require
@@ -43,14 +44,14 @@ def filter_parameters(
     For engines that take no communication hook, or have another one: loops with `all_reduce`, FSDP1, DeepSpeed's
     ZeRO 0 to 3, Megatron's DDP, torchft, DDP beside PowerSGD. FSDP2 calls no hooks of parameters: `filter_fsdp`.
 
-    Each gradient that a backward shows is folded into the rank's ballot, and goes on as a new tensor: scaled by W over
-    how many ranks count, as engines divide by W, or zeros of a rank that is left out. Where all count it is as it was.
+    Each gradient that a backward shows is folded into the rank's ballot, and goes on as a new tensor. It is multiplied
+    by W / (ranks that count), as engines divide by W; a rank that is left out passes on zeros. Where all count,
+    gradients are left as they are.
 
-    All backwards up to `state.advance()` are one step, and their gradients one gradient. Its length is what
-    `max_norm_ratio` limits: the root of the sum of all squares that were seen so far, so with n backwards of the
-    limit √n times what one has. From where it is longer on, parts are shortened to it; from where it is not finite
-    on, they are zeros, and the average of that step is too short by as much. If no rank had a finite gradient, what
-    is not finite passes until the next verdict, so that a loss scale backs off.
+    All backwards up to `state.advance()` are one step, and their gradients one gradient. `max_norm_ratio` limits its
+    norm, which adds up as backward goes: once it exceeds the limit, the parts that follow are scaled down. After NaN or
+    infinity they are zeros, and the average of that step is smaller. If no rank had a finite gradient, the next step's
+    pass as they are, so that a loss scale backs off.
 
     With `replica_group` a rank is left out or not, and nothing else: what is long, or not finite, is left to the
     engine, since ranks of one replica would have to do the same to what is replicated over them.
@@ -78,8 +79,7 @@ def filter_parameters(
             has another process group or filters another model; the ranks' settings differ.
         RuntimeError: in backward and `advance()`: the engine made gradients that no hook saw, or that have a graph.
     """
-    if not isinstance(state, GAFState):
-        raise TypeError(f"state must be a GAFState, found {type(state).__name__}")
+    require_state(state)
     known = _required(parameters)
     _require_settings(state, known)
     group = group_of(state, process_group)
@@ -161,7 +161,7 @@ class _Parameters:
         self._late.begin()
         self._square = self._late.ballot.new_square(_WHOLE)
         last = self._state._records.decisions
-        # Else all ranks' infinities would be zeros for ever, and a loss scale would never back off.
+        # If no rank's last gradient was finite. Else a GradScaler would see zeros, and never back off.
         self._passes = bool(last) and bool(last[0].agreement.nonfinite.all())
 
 
@@ -182,11 +182,10 @@ def _required(parameters: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _require_settings(state: GAFState, parameters: Sequence[Tensor]) -> None:
-    rule = "tau and weighting wait for all ranks' gradients, which no hook of a parameter can: leave both None"
-    require(state._ratio is not None, rule, state.weighting or state.tau)
+    rule = "filter_parameters filters by the consensus rule alone: leave tau and weighting None"
+    require(state._is_consensus, rule, state.weighting or state.tau)
     rule = "wire_dtype must be None, it is for the engine to say"
     require(state.wire_dtype is None, rule, state.wire_dtype)
     rule = "check_every must be None where parameters are no replicas, as under FSDP1 and ZeRO 3"
     require(state.check_every is None or not any(map(is_part, parameters)), rule, state.check_every)
-    if state._way is not None:
-        raise ValueError("state must be of one model alone, found one that filters another, or this already")
+    require_new(state)

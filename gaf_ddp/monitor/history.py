@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gaf_ddp.monitor.reports import RankStanding, Report
+from gaf_ddp.monitor.report import RankStanding, Report
 from gaf_ddp.monitor.saved import require_numbers
 from gaf_ddp.monitor.totals import FARTHEST, Sums, kept_shares, stacked
 from gaf_ddp.rules.agreement import Agreement

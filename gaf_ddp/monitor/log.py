@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from gaf_ddp.given import require_state
 from gaf_ddp.monitor.sinks import FORMAT, KEY, writing
 from gaf_ddp.monitor.totals import Sums, between, kept_shares, summary
 from gaf_ddp.rules.agreement import Agreement
@@ -63,8 +64,7 @@ class AgreementLog:
         cosine_every: int = 1000,
         rank: int | None = 0,
     ) -> None:
-        if not isinstance(state, GAFState):
-            raise TypeError(f"state must be a GAFState, found {type(state).__name__}")
+        require_state(state)
         for name, steps in (("every", every), ("cosine_every", cosine_every)):
             require(type(steps) is int and steps >= 1, f"{name} must be an integer >= 1", steps)
         require(rank is None or (type(rank) is int and rank >= 0), "rank must be an integer >= 0 or None", rank)

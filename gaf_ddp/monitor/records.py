@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from gaf_ddp.alike import require_one
-from gaf_ddp.monitor.reading import Reading
+from gaf_ddp.monitor.pending import Pending
 from gaf_ddp.monitor.statistics import Statistics
 from gaf_ddp.rules.agreement import Agreement, unsound
 from gaf_ddp.runtime.device import on_host
@@ -26,7 +26,7 @@ class Records:
         self.decisions: list[Decision] = []
         self.statistics = Statistics()
         self.followers: list[Callable[[list[Decision]], None]] = []  # each is told every step's decisions
-        self._reading = Reading()
+        self._pending = Pending()
 
     def add_read(self, step: int, decision: Decision, limit: int | None, steps: int) -> None:
         """Add a decision on so many steps that is on the host."""
@@ -42,7 +42,7 @@ class Records:
         for follower in self.followers:
             follower(decided)
         if decided:
-            self._reading.push(step, [each.agreement for each in decided], numbers)
+            self._pending.push(step, [each.agreement for each in decided], numbers)
             self.read(limit, leave=0 if on_host(numbers[0]) else 1)
 
     def read(self, limit: int | None, leave: int = 0) -> None:
@@ -52,8 +52,8 @@ class Records:
             ValueError: ranks decided by unlike settings, or a weighting returned what is no weight.
             RuntimeError: nothing agreed in more steps in a row than the limit.
         """
-        while len(self._reading) > leave:
-            step, decisions, numbers = self._reading.pop()
+        while len(self._pending) > leave:
+            step, decisions, numbers = self._pending.pop()
             for each in numbers:
                 require_one(each)
             wrong = sum(bool(unsound(each.weights, each.voters)) for each in decisions)
@@ -64,4 +64,4 @@ class Records:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the statistics: decisions belong to this process."""
-        return {"decisions": [], "statistics": self.statistics, "followers": [], "_reading": Reading()}
+        return {"decisions": [], "statistics": self.statistics, "followers": [], "_pending": Pending()}

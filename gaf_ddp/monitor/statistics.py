@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gaf_ddp.monitor.history import History
 from gaf_ddp.monitor.noise import NoiseScale
-from gaf_ddp.monitor.reports import Report
+from gaf_ddp.monitor.report import Report
 from gaf_ddp.monitor.totals import Sums, Totals, between, summary
 from gaf_ddp.monitor.warnings import Alarms
 from gaf_ddp.rules.agreement import Agreement

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 
-from gaf_ddp.monitor.reports import Report
+from gaf_ddp.monitor.report import Report
 from gaf_ddp.rules.agreement import Agreement
 
 _logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from gaf_ddp.rules.consensus import upper_median
+from gaf_ddp.rules.medians import upper_median
 from gaf_ddp.rules.weighting import Weighting, cosine, present
 from gaf_ddp.runtime.device import kernels, on_host
 

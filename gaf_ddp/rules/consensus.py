@@ -1,12 +1,12 @@
-"""The rule without a threshold: leave out the ranks that are far from the consensus, in its members' own units.
+"""The rule without a threshold: leave out ranks that are far from the consensus, in units of its own median distance.
 
 Cosines are the wrong quantity for long memories: where training goes well, averaging cancels what ranks have in
-common, and the cosines of honest ranks fall to 0. Distances to the consensus stay: z is about 1 for ranks that are
-alike, and for ranks that all differ alike, and 3 to 30 for bad ones. With n voters and h = ⌊n/2⌋ + 1,
+common, and the cosines of honest ranks fall to 0. Distances to the consensus stay telling: z is about 1 if all ranks
+are alike, or all differ equally, and 3 to 30 for bad ones. With n voters and h = ⌊n/2⌋ + 1,
 
-    centre   the voter whose (h−1)-th nearest other is nearest; of several, the one whose h−1 nearest are nearer
+    centre   the voter whose (h−1)-th nearest other is nearest; among equals, the smallest sum of those h−1 distances
     members  the centre and all voters no farther from it than its (h−1)-th nearest other
-    far_j²   = |m_j − mean(members without j)|² / (1 + 1/how many those are), in and out alike in expectation
+    far_j²   = |m_j − mean(members without j)|² / (1 + 1/how many those are): so members and others expect the same
     z_j      = far_j / lower median of far over the members
     keep j   ⇔  z_j ≤ ratio
 
@@ -18,11 +18,12 @@ import math
 import torch
 from torch import Tensor
 
+from gaf_ddp.rules.medians import lower_median
 from gaf_ddp.rules.weighting import Weighting, present
 
-# Least unit, in lengths of a member: Gramians in float32 see no distance below 5e-4, and copies have nothing else.
+# Least unit, in lengths of a member. A float32 Gramian resolves no distance below 5e-4: that of copies is noise.
 _LEAST = 1e-3
-_TINY = torch.finfo(torch.float64).tiny  # vectors of zeros have no length either
+_TINY = torch.finfo(torch.float64).tiny  # where all vectors are zero
 
 
 class ConsensusAgreement(Weighting):
@@ -91,24 +92,3 @@ def _members(distance: Tensor, voters: Tensor) -> Tensor:
     spread = torch.where(voters & (radius == radius.min()), spread, math.inf)
     centre = torch.where(spread == spread.min(), ranks, len(ranks)).min().view(1)
     return voters & (distance.index_select(0, centre) <= radius.index_select(0, centre)).squeeze(0)
-
-
-def lower_median(values: Tensor, chosen: Tensor) -> Tensor:
-    """Return the lower median `()` of the chosen values `(W,)`; inf where there are none."""
-    ordered = torch.where(chosen, values, math.inf).sort().values
-    return ordered.index_select(0, ((chosen.sum() - 1).clamp(min=0) // 2).view(1)).squeeze(0)
-
-
-def upper_median(values: Tensor, chosen: Tensor) -> Tensor:
-    """Return the upper median of the chosen values along the ranks, which half of them never exceed.
-
-    Args:
-        values: `(W,)` or `(W, B)`.
-        chosen: bool, of the same shape.
-
-    Returns:
-        `()` or `(B,)`; inf where none is chosen.
-    """
-    ordered = torch.where(chosen, values, math.inf).sort(0).values
-    number = chosen.sum(0, keepdim=True)
-    return ordered.gather(0, torch.minimum(number // 2, (number - 1).clamp(min=0))).squeeze(0)

@@ -3,17 +3,17 @@
 One batch's distances are mostly noise, those of momenta are less so. Beside the rule of consensus.py, a ballot does
 four things, all by matrices `(V, V)`:
 
-- Momenta are kept relative to the consensus: the members' mean is taken off them, which no distance sees. So a
-  voter that has no gradient now stays where it was among the others, fading, and is judged by that when it comes
-  back; and float32 holds distances that are small beside what the voters have in common.
-- Momenta of voters that are very far are drawn in, m_j ← mean + (m_j − mean) · 5/z_j if z_j > 5, so that a burst,
-  however long its gradients, is over a horizon later. One that is not finite becomes the mean. The mean is that of
-  the members without j.
+- Momenta are kept relative to the consensus: the members' mean is subtracted, which changes no distance. So a voter
+  without a gradient now keeps its place among the others, fading, and is judged by that when it comes back. And
+  float32 holds distances that are small beside what the voters have in common.
+- Momenta of voters that are very far are drawn in, m_j ← mean + (m_j − mean) · 5/z_j if z_j > 5, so that the effect
+  of one burst of long gradients fades within a hundred steps. One that is not finite becomes the mean. The mean is
+  that of the members without j.
 - Voters whose gradients have been equal for ten steps in a row read the same data, or one copies the other. They are
   one voter for the members, so that copies cannot outvote the others.
 - Voters that turn their gradient's sign are found by the gradients' mean cosines (decay 0.98): where gradients
-  average to little, momenta do not show it. The mean of two voters goes over the steps in which both voted, stands
-  still in others, and counts, other than as 0, from the 50th such step on.
+  average to little, momenta do not show it. The mean of two voters is over the steps in which both voted. It counts
+  as 0 until these are 50.
 """
 
 import math
@@ -22,25 +22,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gaf_ddp.rules.consensus import distances, lower_median
+from gaf_ddp.rules.consensus import distances
+from gaf_ddp.rules.medians import lower_median
 from gaf_ddp.rules.weighting import cosine
 
 MOMENTUM = 0.99  # per step; 0.97 to 0.995 do the same
 _REACH = 5.0  # z beyond which momenta are drawn in
 _DECAY, _STEPS = 0.98, 50  # of mean cosines, and the steps that two voters share before theirs counts
-_SAME, _ALIKE = 1e-12, 10  # squared distance of equal gradients, in squared lengths: rounding; and their steps
+_SAME, _ALIKE = 1e-12, 10  # largest relative squared distance of equal gradients; steps in a row until they are copies
 _ENOUGH = (1 - _DECAY ** (_STEPS - 0.5)) / (1 - _DECAY)  # their decayed number, less half a step for rounding
 
 
 class Judgement(NamedTuple):
-    """What the rule says of V voters, all float64 on the host but for the second.
+    """What the rule says of V voters, on the host; float64 where nothing else is said.
 
     Attributes:
         z: `(V,)`, distance to the consensus in its members' median distance; NaN where there is no gradient now,
             no finite momentum, or nobody to be compared with.
         flipped: bool `(V,)`, its mirror image would be a member.
         equal: bool `(V, V)`, whose gradients have been equal for ten steps in a row.
-        moves: `(V, V)`, to be taken to the momenta (`moves @ momenta`) before the next gradients are added.
+        moves: `(V, V)`; momenta become `moves @ momenta` before the next gradients are added.
     """
 
     z: Tensor
@@ -102,7 +103,7 @@ def find_flipped(similarity: Tensor, voters: Tensor) -> Tensor:
     """Return whose mirror image would be a member by mean cosines `(V, V)`, bool `(V,)`.
 
     With a_j the (h−1)-th largest mean cosine of j with others, and q the lower median of a over the voters: where
-    q > 0 and −2q ≤ a_j ≤ −q/2. No wider, as honest ranks with data of their own reach −7 q.
+    q > 0 and −2q ≤ a_j ≤ −q/2. The range must not be wider: honest ranks with data of their own reach −7 q.
     """
     itself = torch.eye(len(voters), dtype=torch.bool)
     order = torch.where(voters, similarity, -math.inf).masked_fill(itself, math.inf).sort(1, descending=True)
@@ -114,8 +115,8 @@ def find_flipped(similarity: Tensor, voters: Tensor) -> Tensor:
 def _moves(z: Tensor, members: Tensor, voters: Tensor, known: Tensor) -> Tensor:
     """Return what brings far momenta nearer and takes the members' mean off all that have a gradient now."""
     itself = torch.eye(len(voters), dtype=torch.float64)
-    everyone = members.double()
-    without = everyone * (1 - itself)  # row j: the members without j; then means
-    without, everyone = (m / m.sum(-1, keepdim=True).clamp(min=1) for m in (without, everyone))
+    mean = members.double() / members.sum().clamp(min=1)
+    others = members.double() * (1 - itself)  # row j: the members without j
+    mean_of_others = others / others.sum(1, keepdim=True).clamp(min=1)
     stays = torch.where(known, torch.where(z > _REACH, _REACH / z, 1), 0)[:, None]
-    return stays * itself + (1 - stays) * without - (voters | ~known)[:, None] * everyone
+    return stays * itself + (1 - stays) * mean_of_others - (voters | ~known)[:, None] * mean

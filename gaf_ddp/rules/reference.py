@@ -1,24 +1,25 @@
-"""Held-out data as a witness: who lowers the loss on data that everyone trusts, and who raises it.
+"""Held-out data as a witness: which ranks' gradients lower the loss on data that everyone trusts, and which raise it.
 
 Distance to the consensus cannot tell an honest rank that alone has data of its own from a bad one, nor find a bad
 majority. The gradient of the loss on a few held-out examples can. It is read twice, as it is and with the logits
-divided by 2: an over-confident model has a lower held-out loss with wrong labels, but only by the logits' scale.
+divided by 2. For wrong labels may lower the held-out loss of an over-confident model, but only by shrinking its logits.
 With v and v' the two readings, and S_j the sum of voter j's gradients since the last ones,
 
     c = cos(S_j, v), c' = cos(S_j, v')    r, r' = each minus its mean over the other voters that are in
     in :  D_j ← max(0, D_j + min(0.4, −max(c, r, c', r') − h))   condemned at D_j ≥ f_j
     out:  U_j ← max(0, U_j + min(0.4, min(c, r, c', r') − k))    trusted at U_j ≥ 0.5
 
-with k = 0.2, but 0.4 once condemned; h = 0.1, but while the held-out loss falls 0.4 for the trusted, and for all while
-nobody has a verdict. Where the mix of ranks is right, v is noise, and cosines scatter around 0; where it is wrong they
-are large. So a verdict needs evidence that adds up, from two readings at least. A reading counts where the ranks'
-shares of it agree: where honest ranks that differ hold each other in balance, v is noise, but of a kind that has large
-cosines with all of them.
+D is `against`, U `in_favour`, f `demand` below. k = 0.2, and 0.4 for a voter that was condemned before. h = 0.1. While
+the held-out loss falls, h = 0.4 for trusted voters; and for all, if no voter has a verdict.
 
-A verdict stands until the opposite is shown, and trust ends where the consensus keeps the voter anyway. It is taken
-back, and the one before it holds again, where the held-out loss, at the second temperature, is 5 % larger at the
-next reading; trust ends also where the loss has doubled since. f_j starts at 1, and doubles with each condemnation
-that was taken back. Evidence is held while a voter is on the other side, and is 0 after a verdict.
+Where the mix of ranks is right, v is noise, and cosines scatter around 0; where it is wrong they are large. So a
+verdict needs evidence that adds up, from two readings at least. A reading counts only if the ranks' shares of it agree.
+Where honest ranks that differ balance each other, v is noise too, but its cosines with all of them are large.
+
+A verdict stands until the opposite is shown. Trust ends where the consensus keeps the voter anyway, and where the
+held-out loss, at the second temperature, has doubled since. A verdict is revoked if that loss is 5 % larger at the next
+reading; the verdict before it holds again then. f_j starts at 1, and doubles with each condemnation that was revoked.
+While a voter is out its D stands still, while it is in its U does; both are 0 after a verdict.
 """
 
 import math
@@ -88,7 +89,7 @@ class ReferenceMemory:
         held = self.evidence
         if held is None or len(held.verdict) != len(kept):
             held = _no_evidence(len(kept))
-        held, kept = _take_back(held, reading.loss, kept)
+        held, kept = _revoke(held, reading.loss, kept)
         cosines = reading.cosines
         if not bool((reading.signal >= _SIGNAL).all()):
             cosines = torch.zeros_like(cosines)
@@ -137,8 +138,8 @@ def _no_evidence(count: int) -> Evidence:
     return Evidence(none, none, none, none, none + 1, none, none, none, none)
 
 
-def _take_back(held: Evidence, loss: float, kept: Tensor) -> tuple[Evidence, Tensor]:
-    """Take back verdicts that raised the held-out loss; return the evidence, and who is in, bool `(V,)`."""
+def _revoke(held: Evidence, loss: float, kept: Tensor) -> tuple[Evidence, Tensor]:
+    """Revoke verdicts that raised the held-out loss; return the evidence, and who is in, bool `(V,)`."""
     fresh = held.age == 0
     worse = (held.verdict != 0) & (loss > torch.where(fresh, _WORSE, _MUCH_WORSE) * held.loss)
     worse = worse & (fresh | (held.verdict == TRUSTED))

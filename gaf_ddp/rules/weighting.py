@@ -1,7 +1,7 @@
 """What a rule is: a function from a Gram matrix `(W, W)` to weights `(W,)`; and what rules share.
 
 Every cosine GAF needs, also that with a running sum, follows from the Gramian: with `v = Σ_j w_j g_j`,
-`cos(g_i, v) = (G w)_i / sqrt(G_ii · wᵀ G w)`. So a policy needs no gradient, no process and no host sync.
+`cos(g_i, v) = (G w)_i / sqrt(G_ii · wᵀ G w)`. So a rule needs no gradient, no process and no host sync.
 Distances are cosine distances, `1 − cos`, in [0, 2].
 """
 
@@ -15,6 +15,9 @@ class Weighting:
     A rank whose row and column are zero (or whose diagonal entry is not finite) is absent: it gets weight 0,
     takes no part in any vote and is in no divisor. Callables that are not of this class (TorchJD's weightings,
     a lambda) are shown the Gramian of the present ranks alone.
+
+    Where two ranks or more are present, a rule that keeps by agreement keeps two or none, since one agrees with nobody
+    (`agreeing`). Give a rule a `repr` with its parameters: ranks compare it.
     """
 
     def __call__(self, gramian: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch.autograd import Variable
 
 
@@ -15,3 +16,9 @@ def at_end_of_backward(call: Callable[[], None]) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def number_of_backward() -> int | None:
+    """Return which backward is running in this thread, None outside of one."""
+    number: int = torch._C._current_graph_task_id()
+    return None if number == -1 else number

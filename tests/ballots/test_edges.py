@@ -148,7 +148,7 @@ def use_one_state_twice(device: torch.device, settings: dict[str, Any]) -> str:
 @pytest.mark.parametrize("settings", [{}, {"tau": 1.0}], ids=str)
 def test_one_state_for_two_models_is_refused(gloo_ranks: Ranks, settings: dict[str, Any]) -> None:
     for said in gloo_ranks(2, use_one_state_twice, settings):
-        assert said.startswith("a GAFState must be of one model alone: make one for each, found gradients of another")
+        assert said.startswith("state must be of this model: make a GAFState for each model, found gradients")
 
 
 def freeze_layers(device: torch.device, settings: dict[str, Any]) -> dict[str, Any]:

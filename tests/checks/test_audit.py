@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gaf_ddp import GAFState, audit, gaf_hook
-from gaf_ddp.monitor.reports import AuditReport, RankAudit
+from gaf_ddp.monitor.report import AuditReport, RankAudit
 from tests.checks.faults import error_of, flip
 from tests.marks import job_but
 from tests.nets import batches, ddp, mlp

@@ -42,7 +42,7 @@ def check_errors() -> None:
     with pytest.raises(ValueError, match=r"set_gradient_divide_factor is for exchange 'sketch' or 'gather'"):
         train(model, None)
     state = filter_fsdp(network(), GAFState())
-    with pytest.raises(ValueError, match=r"state must be of one model alone"):
+    with pytest.raises(ValueError, match=r"state must be new, found one that filters a model already"):
         filter_fsdp(network(), state)
 
 

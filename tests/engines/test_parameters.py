@@ -206,7 +206,7 @@ def optimizer(device: torch.device) -> None:
     model, state = mlp(), GAFState()
     inner = torch.optim.SGD(model.parameters(), 0.1)
     undo = filter_parameters(model.parameters(), state, advance_with=Wrapped(inner))
-    with pytest.raises(ValueError, match=r"state must be of one model alone"):
+    with pytest.raises(ValueError, match=r"state must be new, found one that filters a model already"):
         filter_parameters(model.parameters(), state)
     for step in range(3):
         model(torch.randn(4, 12)).sum().backward()

@@ -10,7 +10,7 @@ import torch
 from gaf_ddp import Agreement, GAFState, Mean, NeighborhoodAgreement
 from gaf_ddp.monitor.history import History
 from gaf_ddp.monitor.records import Decision
-from gaf_ddp.monitor.reports import Report
+from gaf_ddp.monitor.report import Report
 from gaf_ddp.monitor.totals import Totals
 from gaf_ddp.rules.agreement import decide
 

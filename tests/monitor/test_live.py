@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from gaf_ddp.monitor import live, report
+from gaf_ddp.monitor import live, report_command
 from gaf_ddp.monitor.logfile import LogError
 from tests.launch.jobs import environment
 from tests.monitor.browser import look_at, needs_browser, pixels_of
@@ -59,7 +59,7 @@ class TestFollow:
     def test_ends_with_one_line_when_it_is_no_log(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "log").write_text("step loss\n1 0.3\n")
         with pytest.raises(SystemExit) as ended:
-            report.main([str(tmp_path / "log"), "--watch", "--out", str(tmp_path / "a.html")])
+            report_command.main([str(tmp_path / "log"), "--watch", "--out", str(tmp_path / "a.html")])
         assert ended.value.code == 2
         assert "line 1, must be a record of AgreementLog" in capsys.readouterr().err
 
@@ -82,7 +82,7 @@ class TestTerminal:
 
     def test_a_pipe_is_none(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as ended:
-            report.main([str(write(tmp_path / "log", *job())), "--watch"])
+            report_command.main([str(write(tmp_path / "log", *job())), "--watch"])
         assert ended.value.code == 2
         assert "--watch must write to a terminal" in capsys.readouterr().err
 
@@ -125,7 +125,7 @@ class TestPage:
         pytest.importorskip("matplotlib")
         log = [record(step, [1, 0.6, None, 1], host=["<a>"] * 4, **VERDICTS) for step in (100, 200)]
         out = tmp_path / "page.html"
-        report.main([str(write(tmp_path / "log", *log)), "--out", str(out)])
+        report_command.main([str(write(tmp_path / "log", *log)), "--out", str(out)])
         page = out.read_text()
         assert not re.search(r"<script|<link|@import|url\(http|(src|href)=\"http", page)
         assert "held-out data speak against it" in page
@@ -141,7 +141,7 @@ class TestPage:
         found: list[str] = []
         pause = _pauses(lambda: found.append(out.read_text()), lambda: write(path, *job()))
         monkeypatch.setattr(live, "_pause", pause)
-        report.main([str(path), "--watch", "--out", str(out)])
+        report_command.main([str(path), "--watch", "--out", str(out)])
         assert "Waiting for the job" in found[0]
         for page in (found[0], out.read_text()):
             assert '<meta http-equiv="refresh" content="2">' in page
@@ -161,7 +161,7 @@ class TestPage:
     def test_is_seen_in_a_browser(self, tmp_path: Path, dark: bool, orange: tuple[int, int, int], width: int) -> None:
         pytest.importorskip("matplotlib")
         out = tmp_path / "page.html"
-        report.main([str(write(tmp_path / "log", *job())), "--out", str(out)])
+        report_command.main([str(write(tmp_path / "log", *job())), "--out", str(out)])
         scheme = f"--blink-settings=preferredColorScheme={int(not dark)}"
         page, picture = look_at(out.as_uri(), tmp_path, scheme, size=(width, 1400))
         assert "Rank 1 on node-0 is out since step 301" in page

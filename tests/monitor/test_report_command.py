@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gaf_ddp.monitor.logfile import LogError, read
-from gaf_ddp.monitor.report import main
+from gaf_ddp.monitor.report_command import main
 from tests.monitor.logs import job, record, write
 
 
@@ -87,9 +87,7 @@ class TestPicture:
 
     @pytest.mark.job
     def test_without_matplotlib_says_what_to_install(self, tmp_path: Path) -> None:
-        code = (
-            "import sys; sys.modules['matplotlib'] = None; from gaf_ddp.monitor.report import main; main(sys.argv[1:])"
-        )
+        code = "import sys; sys.modules['matplotlib'] = None; from gaf_ddp.report import main; main(sys.argv[1:])"
         log = write(tmp_path / "log", *job())
         command = [sys.executable, "-c", code, str(log), "--out", str(tmp_path / "a.png")]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=100)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from gaf_ddp.rules.agreement import decide
-from gaf_ddp.rules.consensus import ConsensusAgreement, distances, lower_median, upper_median
+from gaf_ddp.rules.consensus import ConsensusAgreement, distances
+from gaf_ddp.rules.medians import lower_median, upper_median
 from tests.gradients import agreeing_gradients, random_gradients
 from tests.properties import (
     assert_blind_to_absent,

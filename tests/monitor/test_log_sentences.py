@@ -3,7 +3,7 @@
 import pytest
 
 from gaf_ddp.monitor.absences import absences
-from gaf_ddp.monitor.sentences import sentences
+from gaf_ddp.monitor.log_sentences import sentences
 from tests.monitor.logs import job, record
 
 

@@ -10,7 +10,7 @@ from gaf_ddp.engines.apart import Loss, gradient_of
 from gaf_ddp.rules.reference import TEMPERATURES
 
 
-class References:
+class Readings:
     """One rank's readings.
 
     A ballot says whether a reading waits. When all ranks' ballots said so, which everyone learns a step later, the

@@ -14,7 +14,7 @@ from gaf_ddp.runtime.device import on_host
 _FIELDS = [field.name for field in fields(Agreement)]
 
 
-class Reading:
+class Pending:
     """Copies a step's decisions into pinned memory behind the step, in one go; nobody waits for the device."""
 
     def __init__(self) -> None:

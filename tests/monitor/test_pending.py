@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gaf_ddp import Agreement
-from gaf_ddp.monitor.reading import Reading
+from gaf_ddp.monitor.pending import Pending
 from gaf_ddp.runtime import device as devices
 from tests.monitor.decisions import random_steps, some_decisions
 from tests.syncs import HostSyncs
@@ -45,7 +45,7 @@ def numbers_of(decisions: Sequence[Agreement], seed: int) -> list[Tensor]:
 @pytest.mark.parametrize("world_size", [1, 4, 33])
 @pytest.mark.parametrize("ahead", [0, 1, 5])
 def test_what_comes_out_is_what_went_in(device: torch.device, world_size: int, ahead: int) -> None:
-    reading, waiting = Reading(), []
+    reading, waiting = Pending(), []
     for step, decisions in random_steps(world_size, 40, 0).items():
         numbers = numbers_of(decisions, step)
         reading.push(step, decisions, numbers)
@@ -63,13 +63,13 @@ def test_records_of_all_dtypes_keep_them(device: torch.device) -> None:
     for dtype in (torch.float32, torch.float64):
         gramian = torch.randn(4, 4, dtype=dtype)
         decisions = [Agreement(**{**vars(each), "gramian": gramian}) for each in some_decisions()]
-        reading = Reading()
+        reading = Pending()
         reading.push(3, decisions, numbers_of(decisions, 0))
         assert_equal(reading.pop()[1], decisions)
 
 
 def test_what_is_under_way_is_a_copy(device: torch.device) -> None:
-    reading, decisions = Reading(), some_decisions()
+    reading, decisions = Pending(), some_decisions()
     told = torch.ones(4)
     reading.push(0, decisions, [told])
     kept = decisions[0].kept.clone()
@@ -82,7 +82,7 @@ def test_what_is_under_way_is_a_copy(device: torch.device) -> None:
 
 def test_nobody_waits_for_the_device_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "_HOST", "no device")
-    reading, decisions = Reading(), some_decisions()
+    reading, decisions = Pending(), some_decisions()
     with HostSyncs() as syncs:
         for step in range(3):
             reading.push(step, decisions, numbers_of(decisions, step))
@@ -92,7 +92,7 @@ def test_nobody_waits_for_the_device_before_it_is_read(monkeypatch: pytest.Monke
 def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    reading, pushed = Reading(), []
+    reading, pushed = Pending(), []
     for step, decisions in random_steps(5, 20, 1).items():
         fields_of = ({name: value for name, value in vars(each).items() if value is not None} for each in decisions)
         moved = [Agreement(**{name: value.cuda() for name, value in known.items()}) for known in fields_of]

@@ -64,15 +64,21 @@ class TestReport:
         assert watched == "Watching only, everyone is averaged: state.watch = False leaves out rank 1."
         assert report.as_dict()["ranks"][2]["trusted_since"] == 5
 
-    def test_says_that_two_ranks_cannot_outvote_each_other_and_nothing_of_held_out_data_with_tau(self) -> None:
-        standing, two = Standing(), Standing()
+    def test_says_that_two_ranks_cannot_outvote_each_other(self) -> None:
+        two = Standing()
         for step in range(12):
-            standing.add(step, [made([True, True, False], voters=[True] * 3)])
             two.add(step, [made([True, False], [1.0, 1.0], voters=[True] * 2)])
-        assert standing.report(12, []).advice() == [
-            "The others do not agree with rank 2: look at its data and its device."
-        ]
         assert two.report(12, []).advice()[-1].startswith("Two ranks cannot outvote each other")
+
+    def test_with_tau_says_nothing_of_held_out_data_nor_of_two_ranks(self) -> None:
+        three, two = Standing(), Standing()
+        for step in range(12):
+            three.add(step, [made([True, True, False], voters=[True] * 3)])
+            two.add(step, [made([False, False], voters=[True] * 2)])
+        of_three, of_two = (replace(each.report(12, []), is_consensus=False) for each in (three, two))
+        assert of_three.advice() == ["The others do not agree with rank 2: look at its data and its device."]
+        said = "Most decisions found no gradients that agree: raise tau, or the batch size per rank."
+        assert of_two.advice() == [said]
 
     def test_of_ranks_that_are_well_is_one_line(self) -> None:
         state = GAFState(tau=1.0)
@@ -87,6 +93,6 @@ class TestReport:
         summary = state.summary()
         assert [summary[f"gaf/out_rank_{rank:02d}"] for rank in range(3)] == [5, 0, 0]
         assert state.report().ranks[0].longest_out == 5
-        restored = GAFState()
+        restored = GAFState(tau=1.0)
         restored.load_state_dict(state.state_dict())
         assert restored.report() == state.report()
