@@ -136,8 +136,7 @@ def _divided(weights: Tensor, op: Any, size: int) -> Tensor:
 
 def voters_of(state: GAFState, unit: Unit) -> dist.ProcessGroup:
     """Return the group of all ranks that have a gradient; in the order of slices."""
-    group = state.process_group or (dist.group.WORLD if unit.is_replicated else unit.shards)
-    assert group is not None  # torch has made a mesh
+    group = state.process_group or unit.everyone()
     ranks = sorted(dist.get_process_group_ranks(group))
     require(ranks == unit.ranks, f"process_group must have the model's ranks {unit.ranks}", ranks)
     return group if unit.is_replicated else unit.shards

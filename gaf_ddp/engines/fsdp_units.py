@@ -1,8 +1,8 @@
 """The units of a model of fully_shard: all that is asked of torch beyond its documented names, in one place.
 
-From torch 2.11 to 2.15: `FSDPModule._get_fsdp_state`; of a state `_fsdp_param_groups`, in 2.11 one
-`_fsdp_param_group`, and `_state_ctx.post_backward_final_callback_queued`; of a group `fsdp_params` with their
-`sharded_param`, `mesh_info` with `mesh`, `shard_mesh_dim` and `replicate_mesh_dim`, `_reduce_scatter_comm`,
+From torch 2.11 to 2.15: `FSDPModule._get_fsdp_state`; of a state `_fsdp_param_groups`, in 2.11 one `_fsdp_param_group`,
+and `_state_ctx.post_backward_final_callback_queued`; of a group `fsdp_params` with their `sharded_param`, `mesh_info`
+with `mesh` (its `_flatten`), `shard_mesh_dim` and `replicate_mesh_dim`, `_reduce_scatter_comm`,
 `_reduce_scatter_process_group` and `_all_reduce_hook`.
 """
 
@@ -40,6 +40,17 @@ class Unit:
         ranks = info.mesh.mesh.flatten().tolist() if self.is_replicated else dist.get_process_group_ranks(self.shards)
         self.ranks: list[int] = sorted(ranks)
         self.reduce_scatter: Any = group._reduce_scatter_comm
+
+    def everyone(self) -> dist.ProcessGroup:
+        """Return the group of `ranks`: the shards', the default one, or a new one, for which it is a collective."""
+        if not self.is_replicated:
+            return self.shards
+        default = dist.group.WORLD
+        if default is not None and dist.get_process_group_ranks(default) == self.ranks:
+            return default
+        with guarded():
+            group: dist.ProcessGroup = self._group.mesh_info.mesh._flatten().get_group()
+            return group
 
     @property
     def parameters(self) -> list[Tensor]:

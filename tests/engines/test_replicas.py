@@ -43,20 +43,24 @@ class Shared(nn.Module):
 PLAN = {"first": ColwiseParallel(), "second": RowwiseParallel()}
 
 
-def mesh_of(tensor: int = 2) -> DeviceMesh:
-    return init_device_mesh("cpu", (dist.get_world_size() // tensor, tensor), mesh_dim_names=("data", "tensor"))
+def mesh_of(kind: str = "fsdp") -> DeviceMesh:
+    """Return a mesh of all ranks, two to a replica; under HSDP its shards, and their replicas, are two dimensions."""
+    if kind == "hsdp":
+        return init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("replicate", "shard", "tensor"))
+    return init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "tensor"))
 
 
 def made(kind: str, mesh: DeviceMesh) -> Any:
-    """Return the model under DDP or fully_shard, tensor parallel over the mesh's second dimension."""
+    """Return the model under DDP or fully_shard, tensor parallel over the mesh's last dimension."""
     model: Any = Shared()
     parallelize_module(model, mesh["tensor"], PLAN)
     if kind == "ddp":
         return DistributedDataParallel(model, device_mesh=mesh["data"], bucket_cap_mb=0.002)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped")  # of views, which DTensors' linear layers return
+    data = mesh["replicate", "shard"] if kind == "hsdp" else mesh["data"]
     for unit in (model.first, model.second):
-        fully_shard(unit, mesh=mesh["data"])
-    fully_shard(model, mesh=mesh["data"])
+        fully_shard(unit, mesh=data)
+    fully_shard(model, mesh=data)
     return model
 
 
@@ -77,9 +81,9 @@ def replicated(model: nn.Module) -> list[Tensor]:
 
 def train(device: torch.device, kind: str, steps: int) -> tuple[list[list[bool]], list[float], float]:
     """Return who was kept in each step, z at last, and the last loss, of a job whose data rank 1 is turned."""
-    mesh = mesh_of()
+    mesh = mesh_of(kind)
     model = made(kind, mesh)
-    data = mesh["data"].get_local_rank()
+    data = dist.get_rank() // 2
     state = attach(model, mesh=mesh)
     assert state.replica_group is not None
     parameters = list(model.parameters())  # DTensors under DDP leave the module with its first forward
@@ -95,6 +99,8 @@ def train(device: torch.device, kind: str, steps: int) -> tuple[list[list[bool]]
         optimizer.step()
         if kind == "ddp":
             assert_equal_over(mesh["data"].get_group(), parameters)
+        if kind == "hsdp":
+            assert_equal_over(mesh["replicate"].get_group(), [local(each) for each in parameters])
         assert_equal_over(mesh["tensor"].get_group(), replicated(model))
         if step > 1:
             assert state.agreement is not None
@@ -112,7 +118,10 @@ def assert_one_is_out(outcomes: list[Any]) -> None:
     assert kept[:, [0, 2, 3]].mean() >= 0.9
 
 
-@pytest.mark.parametrize(("kind", "steps"), job_but(("fsdp", 60), of=product(("ddp", "fsdp"), (60, 500))), ids=str)
+CASES = [*product(("ddp", "fsdp"), (60, 500)), ("hsdp", 60)]
+
+
+@pytest.mark.parametrize(("kind", "steps"), job_but(("fsdp", 60), of=CASES), ids=str)
 def test_tensor_parallel_replicas_have_one_verdict_and_do_not_drift(gloo_ranks: Ranks, kind: str, steps: int) -> None:
     assert_one_is_out(gloo_ranks(8, train, kind, steps, timeout=170))
 
