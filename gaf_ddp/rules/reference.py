@@ -96,8 +96,8 @@ class ReferenceMemory:
         both = torch.cat([cosines, cosines - _mean_of_others(cosines, kept)])
         known = both.isfinite().all(0)
         spared = (reading.loss < _FALLS * held.last_loss) & ((held.verdict == TRUSTED) | ~held.verdict.any())
-        harm = -both.amax(0) - torch.where(spared, _IN_WHILE_WELL, _IN)
-        good = both.amin(0) - torch.where(held.suspect > 0, _OUT_ONCE_CONDEMNED, _OUT)
+        harm = -both.amax(0) - _either(spared, _IN_WHILE_WELL, _IN)
+        good = both.amin(0) - _either(held.suspect > 0, _OUT_ONCE_CONDEMNED, _OUT)
         self.evidence = _judge(
             held._replace(
                 against=torch.where(known & kept, _added(held.against, harm), held.against),
@@ -141,7 +141,7 @@ def _no_evidence(count: int) -> Evidence:
 def _revoke(held: Evidence, loss: float, kept: Tensor) -> tuple[Evidence, Tensor]:
     """Revoke verdicts that raised the held-out loss; return the evidence, and who is in, bool `(V,)`."""
     fresh = held.age == 0
-    worse = (held.verdict != 0) & (loss > torch.where(fresh, _WORSE, _MUCH_WORSE) * held.loss)
+    worse = (held.verdict != 0) & (loss > _either(fresh, _WORSE, _MUCH_WORSE) * held.loss)
     worse = worse & (fresh | (held.verdict == TRUSTED))
     demand = torch.where(worse & (held.verdict == CONDEMNED), 2 * held.demand, held.demand)
     now_in = torch.where(worse, held.verdict == CONDEMNED, kept)
@@ -165,6 +165,12 @@ def _judge(held: Evidence, kept: Tensor) -> Evidence:
         loss=torch.where(fresh, held.last_loss, held.loss),
         age=torch.where(fresh, 0, held.age),
     )
+
+
+def _either(which: Tensor, then: float, otherwise: float) -> Tensor:
+    """Return one of two numbers for each, in float64 whatever torch's default is."""
+    one, other = (torch.tensor(each, dtype=torch.float64) for each in (then, otherwise))
+    return torch.where(which, one, other)
 
 
 def _added(evidence: Tensor, more: Tensor) -> Tensor:
