@@ -14,9 +14,11 @@ RECIPES = {  # with what they need beside torch, and how many ranks
     "plain_ddp.py": ("torch", 4),
     "fsdp_tensor_parallel.py": ("torch", 8),
     "diloco.py": ("torch", 4),
+    "diloco_torchft.py": ("torchft", 4),
     "zero.py": ("deepspeed", 4),
     "with_lightning.py": ("lightning", 4),
     "with_transformers.py": ("accelerate", 4),
+    "with_torchft.py": ("torchft", 4),
 }
 
 
@@ -33,7 +35,7 @@ def test_leaves_out_who_is_turned(name: str) -> None:
     if find_spec(needed) is None:
         pytest.skip(f"{needed} is not installed")
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    environment.update(PYTHONPATH=str(FOLDER.parents[1]))
+    environment.update(PYTHONPATH=os.pathsep.join([str(FOLDER.parents[1]), os.environ.get("PYTHONPATH", "")]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += [str(FOLDER / name), "--turned", "1"]
     command += ["--steps", "50"] if ranks == 8 else []  # so many ranks share few cores here
