@@ -27,14 +27,14 @@ class Replicas:
         self._folder, self._lighthouse = folder, lighthouse
         self._running: dict[str, subprocess.Popen[str]] = {}
 
-    def start(self, replica: int, name: str) -> None:
-        """Start a replica, whose lines are under a name of their own."""
-        command = [sys.executable, "-m", "tests.frameworks.replicas", str(replica), self._lighthouse]
+    def start(self, way: str, replica: int, name: str, dies: int | None = None) -> None:
+        """Start a replica, whose lines are under a name of their own; it may die by itself at a step."""
+        command = [sys.executable, "-m", "tests.frameworks.replicas", way, str(replica), self._lighthouse]
         path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RUST_LOG": "warn"}
         with (self._folder / f"{name}.err").open("w") as errors:
             self._running[name] = subprocess.Popen(
-                [*command, str(self._folder / name)],
+                [*command, str(self._folder / name), *([] if dies is None else [str(dies)])],
                 cwd=REPOSITORY,
                 env=environment,
                 stdout=errors,
@@ -47,6 +47,10 @@ class Replicas:
         process = self._running.pop(name)
         process.kill()
         process.wait()
+
+    def wait_for_end(self, name: str) -> None:
+        """Wait for a replica that dies by itself."""
+        self._running.pop(name).wait(120)
 
     def kill_all(self) -> None:
         for name in list(self._running):
@@ -99,13 +103,14 @@ def assert_left_out(steps: list[dict[str, Any]], turned: int = TURNED) -> None:
     assert sum(honest) / len(honest) >= 0.9, votes
 
 
-def test_a_replica_dies_and_comes_back(replicas: Replicas) -> None:
+@pytest.mark.parametrize("way", ["ddp", "diloco"])
+def test_a_replica_dies_and_comes_back(way: str, replicas: Replicas) -> None:
     for replica in range(4):
-        replicas.start(replica, str(replica))
+        replicas.start(way, replica, str(replica))
     assert_left_out(replicas.wait("0", 4))
     replicas.kill(str(KILLED))
     assert_left_out(replicas.wait("0", 3))
-    replicas.start(KILLED, "back")
+    replicas.start(way, KILLED, "back")
     back = replicas.wait("back", 4)
     assert_left_out(back)
     assert back[0]["step"] > 2 * STEPS
@@ -114,3 +119,15 @@ def test_a_replica_dies_and_comes_back(replicas: Replicas) -> None:
         same = [line["sum"] == others[line["step"]] for line in back if line["step"] in others]
         assert len(same) >= STEPS - 5, name
         assert all(same), name
+
+
+def test_a_ballot_that_is_owed_fails_a_step_alone(replicas: Replicas) -> None:
+    for replica in range(4):
+        replicas.start("ddp", replica, str(replica), 2 * STEPS if replica == KILLED else None)
+    assert_left_out(replicas.wait("0", 4))
+    replicas.wait_for_end(str(KILLED))
+    assert_left_out(replicas.wait("0", 3))
+    for name in ("0", "1", "3"):
+        failed = [line for line in replicas.lines(name) if line["step"] == 2 * STEPS and not line["committed"]]
+        assert 1 <= len(failed) <= 3, (name, failed)
+        assert failed[0]["error"].startswith("gaf_ddp: step"), (name, failed)
