@@ -21,12 +21,17 @@ def group_of(state: GAFState, given: dist.ProcessGroup | None) -> dist.ProcessGr
     """Return the group that is given, the state's or the default one, which is the state's from now on.
 
     Raises:
-        ValueError: there is none, or the state has another.
+        ValueError: there is none, the state has another, or it is none of torch.distributed's.
     """
     ours = state.process_group
     if ours is not None and given is not None and ours.group_name != given.group_name:
         raise ValueError(f"process_group must be the state's, {ours.group_name!r}, found {given.group_name!r}")
     group = or_default(given or ours)
+    try:
+        dist.get_process_group_ranks(group)
+    except KeyError:
+        rule = "process_group must be one of torch.distributed, with torchft see gaf_ddp.torchft"
+        raise ValueError(f"{rule}, found a {type(group).__module__}.{type(group).__name__}") from None
     if ours is None:
         state.process_group = group
     return group

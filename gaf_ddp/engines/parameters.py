@@ -69,7 +69,8 @@ def filter_parameters(
             step with the next.
 
     Returns:
-        A function that undoes this, on every rank alike.
+        A function that undoes this, on every rank alike; it waits for ballots that were sent, and raises
+        RuntimeError where a rank is lost, but this is undone then, too.
 
     Raises:
         TypeError: parameters are no tensors, state is no GAFState, or advance_with is no optimizer. In backward: a
@@ -96,8 +97,10 @@ def filter_parameters(
         while handles:
             handles.pop().remove()
         if state._way is way:
-            way.draw()
-            state._way = None
+            try:
+                way.draw()
+            finally:  # also where a rank is lost: its group ends with the last reference to it
+                state._way = None
 
     return undo
 

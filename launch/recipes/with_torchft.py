@@ -1,0 +1,60 @@
+"""Train with torchft, filtered: replicas die and come back.
+
+torchrun --nproc-per-node 4 launch/recipes/with_torchft.py --turned 1      (each rank is a replica, on CPUs)
+"""
+
+import argparse
+import os
+
+import torch
+from torch import nn
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torchft import DistributedDataParallel, Manager, Optimizer
+from torchft.coordination import LighthouseServer
+
+from gaf_ddp.torchft import FilteredGroup
+
+
+def main() -> None:
+    """Train a small network; the loss of one replica may be turned, as a fault would."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--turned", type=int, default=-1, help="a replica whose loss is negated")
+    arguments = parser.parse_args()
+    rank, everyone = int(os.environ["RANK"]), TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    if rank == 0:  # in earnest it lives apart from the replicas, and waits for fewer of them
+        lighthouse = LighthouseServer(bind="[::]:0", min_replicas=int(os.environ["WORLD_SIZE"]))
+        everyone.set("lighthouse", lighthouse.address())
+    os.environ["TORCHFT_LIGHTHOUSE"] = everyone.get("lighthouse").decode()
+    own = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    place = {"replica_id": str(rank), "rank": 0, "world_size": 1, "store_addr": "localhost", "store_port": own.port}
+    torch.manual_seed(0)
+    rule, network = torch.randn(20, 4), nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 4))
+    inner = torch.optim.AdamW(network.parameters(), lr=0.01)
+    group = FilteredGroup(network.parameters())
+    manager = Manager(group, None, None, min_replica_size=3, use_async_quorum=False, **place)
+    for name, part in (("network", network), ("optimizer", inner)):  # who comes back is given these
+        manager.register_state_dict_fn(name, part.load_state_dict, part.state_dict)
+    model, optimizer = DistributedDataParallel(manager, network), Optimizer(manager, inner)
+
+    torch.manual_seed(rank + 1)  # from here on replicas draw data of their own
+    while manager.current_step() < arguments.steps:
+        optimizer.zero_grad()  # a quorum
+        inputs = torch.randn(32, 20)
+        loss = nn.functional.cross_entropy(model(inputs), (inputs @ rule).argmax(1))
+        try:
+            (-loss if rank == arguments.turned else loss).backward()
+            group.state.advance()
+        except RuntimeError as error:  # a replica is lost: this step is none
+            manager.report_error(error)
+        optimizer.step()
+
+    kept = {name[-2:]: f"{share:.2f}" for name, share in group.state.summary().items() if "kept_rank" in name}
+    if rank == 0:
+        print(f"loss {loss.item():.3f}, kept {kept}")
+    manager.shutdown()
+    group.shutdown()
+
+
+if __name__ == "__main__":
+    main()
