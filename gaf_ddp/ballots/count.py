@@ -27,10 +27,14 @@ class Counting:
         rows: all ranks' ballots `(W, …)`, once it is done.
         size: numbers of a ballot's sketches.
         tally: launches what is done with the sketches.
+
+    Attributes:
+        work: the gather on CPU groups, else None.
     """
 
     def __init__(self, work: Any, own: Tensor, rows: Tensor, size: int, tally: Tally) -> None:
-        self._work, self._rows, self._size, self._tally = work, rows, size, tally
+        self.work: Any = work if rows.device.type == "cpu" else None
+        self._rows, self._size, self._tally = rows, size, tally
         self._copies: list[Tensor] = []
         self._event: Any = None
         if rows.device.type != "cpu":
@@ -44,7 +48,7 @@ class Counting:
     def read(self) -> tuple[Tensor, Tensor]:
         """Wait for the ballots; return what the tally made of them, and their numbers `(W, …)`, on the host."""
         if self._event is None:
-            self._work.wait()
+            self.work.wait()
             return self._count()
         self._event.synchronize()
         products, numbers = self._copies

@@ -12,11 +12,12 @@ from gaf_ddp.ballots.ballot import Told, pack
 from gaf_ddp.ballots.count import Counting, Sent
 from gaf_ddp.ballots.held_out import split
 from gaf_ddp.ballots.opened import OpenBallot
-from gaf_ddp.ballots.replica import Replica
+from gaf_ddp.ballots.replica import Added, Replica
 from gaf_ddp.ballots.voters import Voters
 from gaf_ddp.checks.sums import SumCheck
 from gaf_ddp.kernels.gram import gram
 from gaf_ddp.runtime.collectives import all_gather_single
+from gaf_ddp.runtime.leaving import arrives_before_the_end
 
 if TYPE_CHECKING:
     from gaf_ddp.state import GAFState
@@ -35,7 +36,8 @@ class Post:
     def __init__(self, state: "GAFState", group: dist.ProcessGroup, voters: Voters, replica: Replica | None) -> None:
         self._state, self._group, self._voters, self._replica = state, group, voters, replica
         self._sent: Sent | None = None
-        self._waiting: Callable[[], None] | None = None  # sends what is being added up over the replica
+        self._added: tuple[Added, Callable[..., None]] | None = None  # over the replica, and what sends it on then
+        arrives_before_the_end(self)
 
     def send(self, ballot: OpenBallot, sketch: Tensor, told: Told, check: SumCheck | None, counted: Tensor) -> None:
         """Send a ballot that is full to the other ranks, or first to those that hold the rest of this replica.
@@ -53,19 +55,25 @@ class Post:
             gather(sketch, squares.sum(), None)
             return
         words = f"{as_text(shared(self._state))} {counted.tolist()}"
-        added = self._replica.add_up(sketch, squares.sum(), words)
-        self._waiting = lambda: gather(*added.wait())
+        self._added = self._replica.add_up(sketch, squares.sum(), words), gather
 
     def forward(self) -> None:
         """Send on what was added up over the replica, whose ranks have all ended that step by now."""
-        if self._waiting is not None:
-            waiting, self._waiting = self._waiting, None
-            waiting()
+        if self._added is not None:
+            (added, gather), self._added = self._added, None
+            gather(*added.wait())
 
     def take(self) -> Sent | None:
         """Return what was sent, once."""
         sent, self._sent = self._sent, None
         return sent
+
+    def on_the_way(self) -> list[dist.Work]:
+        """Return the works on CPU groups that may not be done; accelerators' streams end by themselves."""
+        gathered = [] if self._sent is None else [self._sent.counting.work]
+        added = [] if self._added is None else [self._added[0]]
+        added = [each.work for each in added if each.sums.device.type == "cpu"]
+        return [work for work in (*gathered, *added) if work is not None]
 
     def _gather(
         self,
