@@ -3,12 +3,13 @@
 import argparse
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 from benchmarks.measure import say
 from benchmarks.on_gpu.page import Outcome, page
 from benchmarks.on_gpu.processes import run_processes
-from benchmarks.on_gpu.rows import read_rows
+from benchmarks.on_gpu.rows import read_rows, said_by
 from benchmarks.on_gpu.stages import STAGES, Stage
 
 _LEAST = 10.0  # seconds: in less no process gets anywhere
@@ -19,18 +20,23 @@ def run_all(given: argparse.Namespace, facts: dict[str, object]) -> bool:
 
     given: the command line, of `__main__.arguments`. facts: for the page's head.
     """
-    whole = given.minutes * 60
-    deadline = time.monotonic() + whole
-    outcomes: dict[str, Outcome] = {}
+    deadline = time.monotonic() + given.minutes * 60 - 3
+    outcomes = {stage.name: Outcome(skipped=_reason_to_skip(stage, given)) for stage in STAGES}
+    to_come = [stage.share for stage in STAGES if not outcomes[stage.name].skipped]
+    done: dict[str, Outcome] = {}
     given.log.write_text("")
     for stage in STAGES:
         say(f"{stage.name} …")
         begun = time.monotonic()
-        outcome = outcomes[stage.name] = Outcome(skipped=_reason_to_skip(stage, given))
+        outcome = done[stage.name] = outcomes[stage.name]
         if not outcome.skipped:
-            _run_stage(stage, given, outcome, min(begun + stage.share * whole, deadline - 3))
+            try:
+                _run_stage(stage, given, outcome, begun + (deadline - begun) * stage.share / sum(to_come))
+            except Exception as error:  # whatever it was, the other stages go on
+                outcome.failures.append((said_by(error), traceback.format_exc()))
+            to_come.remove(stage.share)
         outcome.seconds = time.monotonic() - begun
-        given.out.write_text(page(facts, outcomes))
+        given.out.write_text(page(facts, done))
         failed = "".join(f"\n  failed: {wrong}" for wrong, _ in outcome.failures)
         say(f"{stage.name}: {outcome.skipped or f'{len(outcome.rows)} rows'}, {outcome.seconds:.0f} s{failed}")
     return not any(outcome.failures for outcome in outcomes.values())

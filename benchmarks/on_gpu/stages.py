@@ -12,7 +12,7 @@ class Stage:
     """One section of the page.
 
     module: of this package, whose `run(job)` does it.
-    share: of the whole time, at most.
+    share: of the time, at most: beside the shares of the stages to come, of what is left.
     parts: the jobs, one after the other, each in processes of its own, and how many ranks each has.
     rehearsed: those that a CPU can try, as well; () for a stage that needs a GPU.
     environment: variables of its processes.
@@ -91,7 +91,7 @@ STAGES = (
         "Micro-batches in one process, ResNet-18 in bf16: `MicrobatchFilter` beside plain averaging of the same "
         "draws, with right labels and with human ones of which 40 % are wrong. Test accuracy in % after each epoch.",
         "accuracy",
-        1.0,  # what is left
+        0.16,
         {"cifar100": 1},
         ("cifar100",),
     ),
