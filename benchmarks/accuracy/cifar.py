@@ -35,6 +35,7 @@ CIFARS = {
     "small cifar10": Cifar("", 250, 100, 16),
     "small cifar100": Cifar("cifar100", 25, 20, 16, superclasses=True),
     "cifar100": Cifar("cifar100", 500, 100, 32),
+    "tiny cifar100": Cifar("cifar100", 2, 1, 32),  # for a rehearsal
 }
 
 # As CIFAR-100 has them, in its order: https://www.cs.toronto.edu/~kriz/cifar.html
