@@ -101,7 +101,7 @@ class _Rounds:
 
     def read(self, loss: object) -> None:
         """Refuse held-out data: what is averaged is no gradient."""
-        raise RuntimeError("reference is for gaf_hook and filter_fsdp: filter_average has no model to read with")
+        raise RuntimeError("reference is for models: filter_average has none to read with")
 
     def draw(self) -> None:
         """Nothing is on its way between rounds."""

@@ -13,15 +13,16 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from gaf_ddp.ballots.late import LateFilter
 from gaf_ddp.connect import meet, warn_if_alone
+from gaf_ddp.engines.apart import Loss
 from gaf_ddp.engines.parts import require_replica, tensor_group_of
-from gaf_ddp.engines.shown import as_vector, is_part, like, require_seen, require_shown
+from gaf_ddp.engines.shown import as_vector, is_part, like, require_seen, require_shown, trained
 from gaf_ddp.given import group_of, require_new, require_state
-from gaf_ddp.kernels.fold import Span
+from gaf_ddp.kernels.fold import Span, fold, spans_of
 from gaf_ddp.runtime.errors import named
 from gaf_ddp.settings import require
 from gaf_ddp.skip import unwrapped
@@ -53,6 +54,9 @@ def filter_parameters(
     infinity they are zeros, and the average of that step is smaller. If no rank had a finite gradient, the next step's
     pass as they are, so that a loss scale backs off.
 
+    `state.reference` needs whole parameters, not those of FSDP1 and ZeRO 3. Let its loss call the module inside the
+    engine, in `eval()` mode if it has buffers: nobody here knows the model.
+
     With `replica_group` a rank is left out or not, and nothing else: what is long, or not finite, is left to the
     engine, since ranks of one replica would have to do the same to what is replicated over them.
 
@@ -81,7 +85,7 @@ def filter_parameters(
         RuntimeError: in backward and `advance()`: the engine made gradients that no hook saw, or that have a graph.
     """
     require_state(state)
-    known = _required(parameters)
+    known = trained(parameters)
     _require_settings(state, known)
     group = group_of(state, process_group)
     require_replica(state.replica_group, tensor_group_of(known, dist.get_process_group_ranks(group)))
@@ -116,10 +120,12 @@ class _Parameters:
         self._places = self._late.places.ranges(parameters)
         self._seen: set[int] = set()  # numbers of parameters, since training began
         self._all_shown = False
-        self._passes = False
+        self._passes = self._is_reading = False
 
     def see(self, number: int, gradient: Tensor) -> Tensor | None:
         """Fold a parameter's gradient; return it scaled, None where it may go on as it is."""
+        if self._is_reading:
+            return None
         parameter, late = self._parameters[number], self._late
         with named(f"step {self._state.step}, parameter {number}"), torch.no_grad():
             require_shown(parameter, gradient)
@@ -148,9 +154,17 @@ class _Parameters:
             self._late.end()
         self._state._awaits_hook = not self._seen
 
-    def read(self, loss: object) -> None:
-        """Refuse held-out data: the engine may hold what its gradient would need, and hooks would take it for ours."""
-        raise RuntimeError("reference is for gaf_hook and filter_fsdp: filter_parameters cannot read held-out data")
+    def read(self, loss: Loss) -> None:
+        """Fold the two gradients of a loss on held-out data, which the hooks see and leave alone."""
+        if any(map(is_part, self._parameters)):
+            raise RuntimeError("reference needs whole parameters, found parts of them, as FSDP1 and ZeRO 3 make")
+        counts = [each.numel() * (2 if each.is_complex() else 1) for each in self._parameters]
+        spans, size = spans_of(zip(self._places, counts, strict=True)), self._state.sketch_size
+        self._is_reading = True
+        try:
+            self._late.readings.read(loss, self._parameters, None, lambda gradient: fold(gradient, spans, size)[0])
+        finally:
+            self._is_reading = False
 
     def draw(self) -> None:
         """Wait for the ballots that were sent."""
@@ -166,22 +180,6 @@ class _Parameters:
         last = self._state._records.decisions
         # If no rank's last gradient was finite. Else a GradScaler would see zeros, and never back off.
         self._passes = bool(last) and bool(last[0].agreement.nonfinite.all())
-
-
-def _required(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Return those that have gradients; raise what `filter_parameters` promises where they are none."""
-    rule = "parameters must be tensors, as model.parameters() gives them"
-    if isinstance(parameters, (Tensor, nn.Module)):
-        raise TypeError(f"{rule}, found a {type(parameters).__name__}")
-    found = list(parameters)
-    wrong = [type(each).__name__ for each in found if not isinstance(each, Tensor)]
-    if wrong:
-        raise TypeError(f"{rule}, found a {wrong[0]}")
-    found = [each for each in found if each.requires_grad]
-    require(bool(found), "parameters must hold some that require gradients", found)
-    devices = sorted({str(each.device) for each in found})
-    require(len(devices) == 1, "parameters must be on one device", devices)
-    return found
 
 
 def _require_settings(state: GAFState, parameters: Sequence[Tensor]) -> None:

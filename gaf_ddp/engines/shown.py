@@ -1,9 +1,27 @@
-"""What hooks on parameters are shown of gradients, and how engines that show none are found."""
+"""What filter_parameters is given, what its hooks are shown of gradients, and how engines that show none are found."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from gaf_ddp.settings import require
+
+
+def trained(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Return those that have gradients; raise what `filter_parameters` promises where there are none."""
+    rule = "parameters must be tensors, as model.parameters() gives them"
+    if isinstance(parameters, (Tensor, nn.Module)):
+        raise TypeError(f"{rule}, found a {type(parameters).__name__}")
+    found = list(parameters)
+    wrong = [type(each).__name__ for each in found if not isinstance(each, Tensor)]
+    if wrong:
+        raise TypeError(f"{rule}, found a {wrong[0]}")
+    found = [each for each in found if each.requires_grad]
+    require(bool(found), "parameters must hold some that require gradients", found)
+    devices = sorted({str(each.device) for each in found})
+    require(len(devices) == 1, "parameters must be on one device", devices)
+    return found
 
 
 def as_vector(gradient: Tensor) -> Tensor:

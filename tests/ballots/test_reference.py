@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from gaf_ddp import GAFState, filter_fsdp, gaf_hook
+from gaf_ddp import GAFState, filter_fsdp, filter_parameters, gaf_hook
 from gaf_ddp.demo import points
 from tests.checks.faults import error_of
 from tests.marks import job_but
@@ -48,7 +48,10 @@ def model_of(engine: str, device: torch.device, settings: dict[str, Any]) -> tup
         fully_shard(model)
         return model, filter_fsdp(model, state)
     wrapped = ddp(model, device, bucket_cap_mb=0.005)
-    wrapped.register_comm_hook(state, gaf_hook)
+    if engine == "parameters":
+        filter_parameters(model.parameters(), state)
+    else:
+        wrapped.register_comm_hook(state, gaf_hook)
     return wrapped, state
 
 
@@ -60,16 +63,19 @@ def train(device: torch.device, engine: str, cell: str, every: int | None, setti
     held = [each[rank::4].to(device) for each in points(200, seed=7)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     order, kept = torch.Generator().manual_seed(rank), []
+    inner = model.module if engine == "parameters" else model
     for step in range(STEPS):
         if every is not None and step % every == 0:
-            state.reference(lambda temperature: cross_entropy(model(held[0]) / temperature, held[1]))
+            state.reference(lambda temperature: cross_entropy(inner(held[0]) / temperature, held[1]))
         chosen = torch.randint(len(inputs), (16,), generator=order)
         optimizer.zero_grad()
         cross_entropy(model(inputs[chosen].to(device)), labels[chosen].to(device)).backward()
         optimizer.step()
+        if engine == "parameters":
+            state.advance()
         if state.agreement is not None:
             kept.append(state.agreement.kept.tolist())
-    if engine == "ddp":
+    if engine != "fsdp":
         assert_replicas_equal(model)
     test, answers = points(2000, seed=1)
     with torch.no_grad():
@@ -84,7 +90,8 @@ def train(device: torch.device, engine: str, cell: str, every: int | None, setti
 @pytest.mark.parametrize(
     ("engine", "cell"),
     job_but(
-        ("ddp", "data of its own"), of=[(e, c) for e in ("ddp", "fsdp") for c in ("bad majority", "data of its own")]
+        ("ddp", "data of its own"),
+        of=[(e, c) for e in ("ddp", "fsdp", "parameters") for c in ("bad majority", "data of its own")],
     ),
     ids=str,
 )
@@ -146,6 +153,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "autocast": {},
     "joined": {},
     "fsdp": {},
+    "parameters": {},
 }
 
 
@@ -161,7 +169,10 @@ def read_between_steps(device: torch.device, kind: str, reads: bool) -> dict[str
         filter_fsdp(model, state)
     else:
         model = DistributedDataParallel(model, bucket_cap_mb=0.001, **KINDS[kind])
-        model.register_comm_hook(state, gaf_hook)
+        if kind == "parameters":
+            filter_parameters(model.parameters(), state)
+        else:
+            model.register_comm_hook(state, gaf_hook)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     torch.manual_seed(rank)
     changed, losses = 0, []
@@ -170,11 +181,19 @@ def read_between_steps(device: torch.device, kind: str, reads: bool) -> dict[str
         with torch.autocast(device.type, torch.bfloat16, enabled=kind == "autocast"):
             return cross_entropy(model(x, uses_other), y)
 
+    def held(x: Tensor, y: Tensor) -> Tensor:
+        if kind != "parameters":
+            return loss(x, y)
+        inner = model.module.eval()
+        found = cross_entropy(inner(x), y)
+        inner.train()
+        return found
+
     def read(x: Tensor, y: Tensor) -> None:
         nonlocal changed
         if reads:
             before = everything(model, optimizer)
-            state.reference(lambda t: loss(x.flip(0), y.flip(0)) / t)
+            state.reference(lambda t: held(x.flip(0), y.flip(0)) / t)
             changed += sum(not torch.equal(*pair) for pair in zip(before, everything(model, optimizer), strict=True))
 
     def steps() -> None:
@@ -188,6 +207,8 @@ def read_between_steps(device: torch.device, kind: str, reads: bool) -> dict[str
             losses.append(float(value.detach()))
             value.backward()
             optimizer.step()
+            if kind == "parameters":
+                state.advance()
             read(x, y)
 
     if kind == "joined":

@@ -240,7 +240,7 @@ def errors(device: torch.device) -> None:
     for found in ([], [nn.Parameter(torch.ones(1), requires_grad=False)]):
         with pytest.raises(ValueError, match=r"parameters must hold some that require gradients"):
             filter_parameters(found, GAFState())
-    with pytest.raises(ValueError, match=r"tau and weighting wait .* leave both None, found 0.9"):
+    with pytest.raises(ValueError, match=r"consensus rule alone: leave tau and weighting None, found 0.9"):
         filter_parameters(own, GAFState(tau=0.9))
     with pytest.raises(ValueError, match=r"wire_dtype must be None.*found torch.bfloat16"):
         filter_parameters(own, GAFState(wire_dtype=torch.bfloat16))
@@ -257,6 +257,12 @@ def errors(device: torch.device) -> None:
     filter_parameters(model.parameters(), GAFState())
     with pytest.raises(RuntimeError, match=r"create_graph=True"):
         model(torch.randn(4, 12)).square().sum().backward(create_graph=True)
+    model, state = mlp(), GAFState()
+    for parameter in model.parameters():
+        parameter.ds_id = 0  # type: ignore[attr-defined]  # as ZeRO 3 marks them
+    filter_parameters(model.parameters(), state)
+    with pytest.raises(RuntimeError, match=r"reference needs whole parameters, found parts of them"):
+        state.reference(lambda t: model(torch.randn(4, 12)).sum() / t)
     fused()
 
 
