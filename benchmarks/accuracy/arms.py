@@ -7,6 +7,7 @@ from typing import Literal
 from benchmarks.accuracy.declare import PAST, Experiment, Labels, Reference, Rule, Run
 from benchmarks.accuracy.rules import CONSENSUS
 
+PAPER_TAUS = (0.9, 0.95, 0.98, 1.0)  # cosine distances, around those that the paper recommends
 Kind = Literal["averaging", "filter", "control", "other rule", "oracle"]
 
 
@@ -54,6 +55,14 @@ def _ruled(name: str, parameter: Callable[[Experiment], float | None]) -> Callab
 def _repeating(control: str, arm: str) -> Callable[[Experiment], list[Run]]:
     """Return a random control's runs, with the acceptance of another arm."""
     return lambda e: [replace(run, rule=Rule(control, like=run.rule)) for run in ARMS[arm].runs(e)]
+
+
+def _repeating_all(control: str, runs: Callable[[Experiment], list[Run]]) -> Callable[[Experiment], list[Run]]:
+    return lambda e: [replace(run, rule=Rule(control, like=run.rule)) for run in runs(e)]
+
+
+def _sequential(e: Experiment) -> list[Run]:
+    return [replace(e.base, rule=Rule("sequential", tau)) for tau in PAPER_TAUS]
 
 
 def _best_lr(e: Experiment) -> list[Run]:
@@ -124,6 +133,8 @@ _TODAY: dict[str, Arm] = {
     "default": Arm("NeighborhoodAgreement, tau 1 (default)", "filter", _ruled("neighborhood", lambda e: 1.0)),
     "tuned": Arm("NeighborhoodAgreement, tau {tau}, best lr", "filter", _tuned),
     "sequential": Arm("SequentialAgreement (paper), tau {tau}", "filter", _ruled("sequential", lambda e: e.tau)),
+    "sequential, best tau": Arm("SequentialAgreement (paper), best tau", "filter", _sequential),
+    "sequential: random skips": Arm("… as many random skips", "control", _repeating_all("random skips", _sequential)),
     "upgrad": Arm("UPGrad (TorchJD)", "other rule", _ruled("upgrad", lambda e: None)),
     "krum": Arm("Krum (TorchJD)", "other rule", _krum),
     "mixing": Arm("mixing + multi-Krum (ByzFL), f right", "other rule", _mixing(lambda e: len(e.bad))),

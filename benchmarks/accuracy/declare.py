@@ -96,6 +96,7 @@ class Run:
 
     ranks: who takes part, as ranks of a world that large (the oracle leaves some out).
     engine: `"one process"` computes the ranks one after the other; `"ddp"` starts one process for each.
+    augment: whether training images are shifted by up to four pixels, and half of them turned left to right.
     """
 
     data: str
@@ -112,6 +113,7 @@ class Run:
     evaluate_every: int = 20
     optimizer: Literal["sgd", "adam"] = "sgd"
     engine: Literal["one process", "ddp"] = "one process"
+    augment: bool = False
 
     @property
     def key(self) -> str:

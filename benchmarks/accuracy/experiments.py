@@ -6,6 +6,7 @@ from benchmarks.accuracy.arms import ALL, CONSENSUS_ARMS, beside_landed
 from benchmarks.accuracy.declare import Experiment, Labels, Run
 from benchmarks.accuracy.on_digits import attack, broken, byzfl, classes, shift, tau, uniform
 from benchmarks.accuracy.on_held_out import held_out
+from benchmarks.accuracy.on_paper import paper
 from benchmarks.accuracy.on_text import text
 
 
@@ -53,6 +54,7 @@ GROUPS: dict[str, str] = {
     "text": "Another kind of network: a character transformer with one bad rank, or an honest one that differs",
     "attack": "Attackers who know the rule and stay just within its reach: what do they cost?",
     "byzfl": "ByzFL's own attacks: are they left out?",
+    "paper": "The paper's own data: CIFAR-100, with the labels of CIFAR-100N and with right ones",
     "held_out": "A few held-out examples as a witness: honest minorities, bad majorities, and what careless use does",
 }
 
@@ -65,7 +67,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: _with_landed(experiment)
     for declare in (shift, broken, uniform, tau, classes, human, text, attack, byzfl)
     for experiment in declare()
-} | {experiment.name: experiment for experiment in held_out()}
+} | {experiment.name: experiment for experiment in (*held_out(), *paper())}
 
 
 def quick(experiment: Experiment) -> Experiment:

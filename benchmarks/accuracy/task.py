@@ -23,6 +23,7 @@ class Task:
     labels: (n,) each, as that rank sees them. draws: (steps, batch) indices into images.
     references: what each rank reads of held-out data, () where it has none.
     few: bool (test examples,), of classes or registers that the fewest ranks see; all where everyone sees all.
+    augments: the seed that training images are shifted and turned by, None where they are not.
     """
 
     images: Tensor
@@ -33,11 +34,16 @@ class Task:
     few: Tensor
     classes: int
     references: tuple[tuple[Tensor, Tensor], ...] = ()
+    augments: int | None = None
 
     def batch(self, member: int, step: int) -> tuple[Tensor, Tensor]:
         """Return images and labels that one member sees at one step."""
         chosen = self.draws[member][step]
-        return self.images[chosen], self.labels[member][chosen]
+        images = self.images[chosen]
+        if self.augments is not None:
+            seed = (self.augments * 1009 + member) * 1_000_003 + step
+            images = augmented(images, torch.Generator().manual_seed(seed))
+        return images, self.labels[member][chosen]
 
 
 def build_task(run: Run, folder: Path | None) -> Task:
@@ -58,7 +64,20 @@ def build_task(run: Run, folder: Path | None) -> Task:
         _seen_by_few(run.labels, source.test_groups),
         source.classes,
         _references(run, source, held, kept, seen),
+        run.seed if run.augment else None,
     )
+
+
+def augmented(images: Tensor, random: torch.Generator, most: int = 4) -> Tensor:
+    """Return images (n, channels, side, side), each shifted by up to so many pixels, half turned left to right."""
+    count, _, _, side = images.shape
+    padded = torch.nn.functional.pad(images, (most,) * 4)
+    down, right = torch.randint(2 * most + 1, (2, count, 1), generator=random)
+    turned = torch.rand(count, generator=random) < 0.5
+    columns = torch.where(turned[:, None], torch.arange(side).flip(0), torch.arange(side)) + right
+    rows = torch.arange(side) + down
+    which = torch.arange(count)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 def _references(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from benchmarks.accuracy.declare import Run
+from benchmarks.accuracy.resnet import resnet8
 from benchmarks.accuracy.task import Task
 from benchmarks.accuracy.transformer import Transformer
 from launch.models import build_model
@@ -24,6 +25,8 @@ def build_network(run: Run, task: Task) -> nn.Module:
     if run.model == "transformer":
         return Transformer(task.images.shape[1], task.classes)
     channels, height, width = task.images.shape[1:]
+    if run.model == "resnet8":
+        return resnet8(channels, task.classes)
     return build_model(run.model, (channels, height, width), task.classes)
 
 
