@@ -10,6 +10,7 @@ import torch
 import benchmarks
 from benchmarks.accuracy import harm, peers, text
 from benchmarks.accuracy.arms import ARMS, PEERS, all_runs, runs_of
+from benchmarks.accuracy.cifar import SUPERCLASSES
 from benchmarks.accuracy.declare import PAST, Fault, Labels, Rule, Run, plain
 from benchmarks.accuracy.experiments import EXPERIMENTS
 from benchmarks.accuracy.faults import FAULTS, INSIDER, fault_named
@@ -17,7 +18,7 @@ from benchmarks.accuracy.gradients import all_gradients
 from benchmarks.accuracy.rules import RandomMembers, RandomSkips, settings_of
 from benchmarks.accuracy.store import Store
 from benchmarks.accuracy.summary import tables_of
-from benchmarks.accuracy.task import build_task
+from benchmarks.accuracy.task import augmented, build_task
 from benchmarks.accuracy.transformer import Transformer
 from gaf_ddp.rules.consensus import distances
 from gaf_ddp.rules.memory import MOMENTUM
@@ -54,6 +55,25 @@ def test_uniform_noise_is_the_same_on_every_rank() -> None:
     assert wrong[sorted(set(task.draws[0].flatten().tolist()))].mean().item() == pytest.approx(0.4, abs=0.06)
     validation = build_task(RUN, None).validation[1]
     assert (task.validation[1] != validation).float().mean().item() == pytest.approx(0.4, abs=0.12)
+
+
+def test_augmented_images_are_shifted_and_half_of_them_turned() -> None:
+    images = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = augmented(images, torch.Generator().manual_seed(1), most=2)
+    assert torch.equal(found, augmented(images, torch.Generator().manual_seed(1), most=2))
+    padded = torch.nn.functional.pad(images, (2, 2, 2, 2))
+    shifts = [padded[:, :, y : y + 8, x : x + 8] for y in range(5) for x in range(5)]
+    straight, turned = (
+        torch.stack([(each == found).flatten(1).all(1) for each in ways]).any(0)
+        for ways in (shifts, [each.flip(3) for each in shifts])
+    )
+    assert (straight | turned).all()
+    assert 8 < turned.sum() < 32
+
+
+def test_superclasses_are_those_of_cifar_100() -> None:
+    names = " ".join(SUPERCLASSES).split()
+    assert (len(SUPERCLASSES), len(names), len(set(names))) == (20, 100, 100)
 
 
 def test_ranks_with_their_own_classes_draw_nothing_else() -> None:
