@@ -124,9 +124,10 @@ class GAFState(Settings):
                 state.reference(lambda temperature: criterion(model(inputs) / temperature, targets))
 
         Call it on every rank, between steps, every 10 to 20 of them (rank 0 warns if fewer), with each rank's own share
-        of some 100 examples or more. Nobody may train on them, and they must cover what the model has to learn. It
-        finds a bad majority too. Takes effect a few steps later. Its gradient is read twice and folded, not averaged:
-        `.grad`, buffers, torch's random state, DDP and the next step are as if it had not been called.
+        of 200 examples or so in all (64 were too few against a bad majority). Nobody may train on them, and they must
+        cover what the model has to learn. It finds a bad majority too. Takes effect a few steps later. Its gradient is
+        read twice and folded, not averaged: `.grad`, buffers, torch's random state, DDP and the next step are as if it
+        had not been called.
 
         Costs two forwards and backwards of the share, one gradient's memory, and 8 k bytes more in one ballot. Before
         the first step it returns at once. Under FSDP2 there must be no gradients that wait to be reduced.

@@ -73,7 +73,7 @@ class Alarms:
             self._warned_of_readings = True
             _logger.warning(
                 "gaf_ddp: state.reference was called after %d steps; call it every 10 to %d. A verdict needs several "
-                "readings: with one in 50 steps bad ranks stayed in for long, and a bad majority was not found.",
+                "readings: with one in 50 steps a bad majority stayed in for some 300 steps, in place of 140.",
                 since,
                 _RARE,
             )
