@@ -12,6 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gaf_ddp import GAFState, gaf_hook
 
+READS_EVERY = 20  # steps
+
 
 @dataclass(frozen=True)
 class Hook:
@@ -20,6 +22,7 @@ class Hook:
     register: Callable[[DistributedDataParallel], None]
     one_bucket: bool = False
     note: str = ""
+    state: GAFState | None = None  # of a hook that held-out data are read with
 
 
 def hooks() -> dict[str, Hook]:
@@ -36,6 +39,7 @@ def hooks() -> dict[str, Hook]:
     }
     named["gaf"] = _gaf(note="GAFState(): one step late")
     named["gaf-watch"] = _gaf(note="judges, averages everyone", watch=True)
+    named["gaf-held-out"] = _reading()
     named["gaf-bf16"] = _gaf(wire_dtype=torch.bfloat16)
     for scope in ("bucket", "model"):
         for exchange in ("sharded", "gather"):
@@ -60,6 +64,12 @@ def _plain(hook: Any, note: str = "") -> Hook:
 
 def _gaf(note: str = "", **settings: Any) -> Hook:
     return Hook(lambda model: model.register_comm_hook(GAFState(**settings), gaf_hook), note=note)
+
+
+def _reading() -> Hook:
+    state = GAFState()
+    note = f"and a batch of held-out data every {READS_EVERY} steps"
+    return Hook(lambda model: model.register_comm_hook(state, gaf_hook), note=note, state=state)
 
 
 def _power_sgd(model: DistributedDataParallel) -> None:

@@ -4,10 +4,10 @@
 
 Every hook trains its own copy of the model; the copies take turns, step by step. Times are medians of the repeats,
 ratios are medians over repeats of the hook to plain DDP, with the lowest and highest. `backward` holds the
-communication; `step` is forward, backward and optimizer. `memory` is the peak of one step beyond plain DDP's, in
-gradients, on GPUs (`collectives.py` measures it on CPUs). `bytes` counts what the hosts sent in one step, relative
-to plain DDP, through the interface that --interface names: what left them, or with lo all that ranks on one host
-sent.
+communication; `step` is forward, backward and optimizer, and where held-out data are read a part of that. `memory` is
+the peak of one step beyond plain DDP's, in gradients, on GPUs (`collectives.py` measures it on CPUs). `bytes` counts
+what the hosts sent in one step, relative to plain DDP, through the interface that --interface names: what left them, or
+with lo all that ranks on one host sent.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.command_line import described, new_file, positive
-from benchmarks.hooks import Hook, hooks, wrap
+from benchmarks.hooks import READS_EVERY, Hook, hooks, wrap
 from benchmarks.measure import (
     Timings,
     banner,
@@ -65,7 +65,7 @@ class Training:
     def __init__(self, hook: Hook, model: nn.Module, device: torch.device) -> None:
         self.note = hook.note
         self.gradient_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-        self._model = wrap(hook, model.to(device), device)
+        self._model, self._state = wrap(hook, model.to(device), device), hook.state
         self._optimizer = torch.optim.SGD(self._model.parameters(), lr=1e-3)
         self._device = device
 
@@ -75,7 +75,15 @@ class Training:
         forward, loss = self._timed(lambda: self._model(inputs).square().mean())
         backward, _ = self._timed(loss.backward)
         update, _ = self._timed(self._optimizer.step)
-        return backward, forward + backward + update
+        return backward, forward + backward + update + self._read(inputs) / READS_EVERY
+
+    def _read(self, inputs: Tensor) -> float:
+        """Return the seconds of reading a batch of held-out data, if this hook does."""
+        state = self._state
+        if state is None:
+            return 0.0
+        seconds, _ = self._timed(lambda: state.reference(lambda t: self._model(inputs / t).square().mean()))
+        return seconds
 
     def _timed(self, run: Any) -> tuple[float, Any]:
         synchronize(self._device)
