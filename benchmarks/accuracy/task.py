@@ -93,7 +93,9 @@ def _references(
         mine = [kept[torch.isin(groups, torch.tensor(own[r]))] if own else kept for r in run.ranks]
         parts = [chosen[place :: len(run.ranks)][:64] for place, chosen in enumerate(mine)]
         return tuple((source.train[c], seen[r][c]) for r, c in zip(run.ranks, parts, strict=True))
-    labels = add_label_noise(source.labels, source.classes, told.wrong, REFERENCE_SEED + run.seed)
+    labels = source.labels
+    if told.wrong:
+        labels = add_label_noise(labels, source.classes, told.wrong, REFERENCE_SEED + run.seed)
     chosen = held[~torch.isin(source.groups[held], torch.tensor(told.lacks))][: told.examples]
     world = len(run.ranks)
     parts = [chosen if told.same else chosen[place::world] for place in range(world)]

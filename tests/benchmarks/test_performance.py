@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import benchmarks
+from benchmarks import simulation
 from benchmarks.cost import WORLD_SIZES, Constants, all_reduce, late, leaving, sketch, steps_of_a_ballot
 from benchmarks.late import verdict_of
 from benchmarks.measure import read_runs, write_json
@@ -144,3 +145,17 @@ def test_pictures_of_the_committed_results(tmp_path: Path) -> None:
     subprocess.run(command, cwd=ROOT, check=True, timeout=100)
     for name in ("collectives.png", "step_time.png", "batch.png"):
         assert (tmp_path / name).stat().st_size > 10_000
+
+
+@pytest.mark.job
+def test_simulated_ranks_with_wrong_labels_are_left_out(tmp_path: Path) -> None:
+    rows: list[str] = []
+    page = tmp_path / "simulation.md"
+    simulation.main(["--world-sizes", "32", "--steps", "140", "--out", str(page)], rows.append)
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    kept = {(who, bad): shares for _, who, bad, _, *shares in (cell[:6] for cell in cells)}
+    alone = {("ranks", bad): ["0 %", "100 %"] for bad in ("1", "8")}
+    hosts = {("4 hosts of 8", "8"): ["0 %", "100 %"]}
+    assert {name: kept[name] for name in (*alone, *hosts)} == {**alone, **hosts}
+    assert kept["averaging", "8"] == ["100 %", "100 %"]
+    assert all(row in page.read_text() for row in rows)
