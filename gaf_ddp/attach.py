@@ -37,9 +37,8 @@ def attach(
         state = attach(DistributedDataParallel(model), optimizer, tau=0.9)
         state = attach(model, mesh=mesh)                                    # beside tensor or pipeline parallelism
 
-    Call it once, on every rank, after the model is wrapped and before the first backward. It sends and computes nothing
-    itself; `gaf_hook`, `filter_fsdp` and `filter_parameters` say what their steps cost. `state.summary()` warns if no
-    gradient ever came.
+    Call it once, on every rank, after the model is wrapped and before the first backward. `gaf_hook`, `filter_fsdp` and
+    `filter_parameters` say what their steps cost. `state.summary()` warns if no gradient ever came.
 
     Args:
         model: a DistributedDataParallel model, or what torch.compile, Fabric's `setup`, Accelerate's `prepare` or

@@ -15,8 +15,10 @@ from gaf_ddp.given import or_default
 from gaf_ddp.runtime.device import kernels
 from gaf_ddp.runtime.errors import named
 from gaf_ddp.runtime.hosts import own_host
-from gaf_ddp.runtime.presence import wait_for_everyone
+from gaf_ddp.runtime.presence import told_after, wait_for_everyone
 from gaf_ddp.state import GAFState
+
+_PATIENCE = 60.0  # seconds with other ranks, before people are told
 
 
 def connect(state: GAFState, bucket: Any) -> LateFilter | Pipeline:
@@ -56,13 +58,18 @@ def meet(
     told = {**shared(state), "fused kernels": kernels(device.type) is not None, "step": state.step, **(more or {})}
     # Messages name a rank that is not there. And gloo ends a process whose collective meets another one, as DDP's own
     # of a rank without the hook.
-    if device.type == "cpu":
-        with named("before the first bucket (is the hook on every rank?)"):
-            wait_for_everyone(group)
-    everyone = require_same(as_text({**told, "host": own_host()}), group, device)
+    with told_after(_PATIENCE, f"rank {group.rank()} waits for the others before the first bucket"):
+        if device.type == "cpu":
+            with named("before the first bucket (is the hook on every rank?)"):
+                wait_for_everyone(group)
+        everyone = require_same(as_text({**told, "host": own_host()}), group, device)
     statistics = state._records.statistics
     statistics.hosts, statistics.speaks = [each["host"] for each in everyone], group.rank() == 0
     state._is_connected = True
+    hosts = len({*statistics.hosts})
+    if state.voters == "host" and hosts < 3 <= group.size() and statistics.speaks:
+        found = f"found {hosts} host{'s' * (hosts > 1)}, which cannot outvote each other: nobody is left out"
+        warnings.warn(f"gaf_ddp: voters='host' needs three hosts or more, {found}", stacklevel=4)
 
 
 def warn_if_alone(state: GAFState, group: dist.ProcessGroup, stacklevel: int) -> None:

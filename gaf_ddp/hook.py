@@ -79,7 +79,7 @@ def _late(state: GAFState, late: LateFilter, bucket: Any) -> Future[Tensor]:
     sent = buffer if late.wire_dtype is None else buffer.to(late.wire_dtype)
     sums = [dist.all_reduce(each, group=late.group, async_op=True) for each in (sent, share)]
     check = late.checks.sums  # read before the step ends, which begins another
-    where = f"step {state.step}, bucket {bucket.index()} (do all loaders have the same length?)"
+    where = f"step {state.step}, bucket {bucket.index()} (has a rank ended? if not, are all loaders of one length?)"
     if bucket.is_last():
         late.end()
 

@@ -180,3 +180,6 @@ class Settings:
     @property
     def _is_late(self) -> bool:
         return self._is_consensus or self.watch
+
+
+Settings.__init__.__qualname__ = "GAFState.__init__"  # what an error says of a setting that there is not

@@ -69,6 +69,8 @@ def _read(plan: Plan) -> dict[str, Any] | None:
     newest, previous = checkpoint_paths(plan.out)
     found = [path for path in (newest, previous) if path.exists()]
     if not found:
+        if plan.resume:
+            print(f"launch.train: no checkpoint in {plan.out}: a new job", file=sys.stderr, flush=True)
         return None
     if not plan.resume:
         raise SettingsError(f"--out must be a new folder, or be given with --resume; found a job in {plan.out}")

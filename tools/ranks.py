@@ -153,5 +153,5 @@ def _make_warnings_errors() -> None:
     if os.environ.get("GAF_DDP_STRICT_WARNINGS") != "1":
         for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
             warnings.simplefilter("default", category)
-    warnings.filterwarnings("ignore", message="gaf_ddp: world size [12],")
+    warnings.filterwarnings("ignore", message=r"gaf_ddp: (world size [12],|voters='host' needs)")
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")  # the one that _main sets

@@ -120,6 +120,7 @@ class AgreementLog:
             "decisions": int(sums["decisions"][0]),
             "ratio": self.state._ratio,
             "max_norm_ratio": self.state.max_norm_ratio,
+            "watch": self.state.watch,
             **{name: _plain(value) for name, value in summary(sums).items() if "rank" not in name},
             "gaf/noise_scale": _plain(self.state._records.statistics.noise_scale),
             "ranks": self._ranks(sums, now),

@@ -8,7 +8,8 @@ from gaf_ddp.monitor.logfile import Record, name
 _NEXT = {
     "nonfinite": "numbers overflow there: look at the learning rate, the loss scale and the device.",
     "zero": "nothing is learnt there: look at whether its loader yields data, and its loss depends on the model.",
-    "overlong": "something is too large there: look at its inputs and its loss scale.",
+    "overlong": "its loss scale or its inputs are too large, or it is honest, with data that the others do not have: "
+    "give the filter held-out data (state.reference), or look at its data.",
     "judged": "held-out data say it does harm: look at its data and its device.",
     "far": "broken, or honest with data of its own? Give the filter held-out data (state.reference), or look at its "
     "data and its device.",
@@ -21,7 +22,7 @@ def sentences(records: Sequence[Record]) -> list[str]:
     now = {absence.rank: absence for absence in found if absence.until is None}
     for rank in _since(last, "condemned_since"):
         now.setdefault(rank, Absence(rank, last["ranks"][rank]["condemned_since"], None, "", "judged"))
-    said = [_out(last, now[rank]) for rank in sorted(now)]
+    said = [*_watching(records), *(_out(last, now[rank]) for rank in sorted(now))]
     said += [
         f"{_name(last, a.rank)} was out from step {a.since} to {a.until}: {a.why}."
         for a in found
@@ -32,6 +33,8 @@ def sentences(records: Sequence[Record]) -> list[str]:
         f"{_name(last, rank)} is far from the others and kept since step {since}: held-out data speak for it."
         for rank, since in trusted.items()
     ]
+    told = {*now, *(absence.rank for absence in found if absence.reason == "nonfinite")}
+    said += [each for rank in range(len(last["ranks"])) if rank not in told for each in _nonfinite(records, rank)]
     done = [rank["rank"] for rank in last["ranks"] if rank["kept"] is None]
     said += [f"{_name(last, rank)} has finished: it is out of inputs." for rank in done]
     others = [rank for rank in last["ranks"] if rank["rank"] not in {*done, *now, *trusted}]
@@ -51,7 +54,8 @@ def _since(record: Record, verdict: str) -> dict[int, int]:
 def _out(record: Record, absence: Absence) -> str:
     condemned = record["ranks"][absence.rank].get("condemned_since")
     since = absence.since if condemned is None else min(absence.since, condemned)
-    said = f"{_name(record, absence.rank)} is out since step {since}: "
+    is_out = "would be left out" if record.get("watch") else "is out"
+    said = f"{_name(record, absence.rank)} {is_out} since step {since}: "
     if condemned is None:
         return f"{said}{absence.why}."
     return said + f"held-out data speak against it{f' since step {condemned}' if condemned > since else ''}."
@@ -61,7 +65,29 @@ def _first(record: Record, others: Sequence[Record], now: dict[int, Absence]) ->
     if now or not others:
         return []
     least = min(others, key=lambda rank: rank["kept"])
+    if least["kept"] == 1:
+        return [f"No rank is out at step {record['step']}: all are kept."]
     return [f"No rank is out at step {record['step']}: the least kept is rank {least['rank']}, {least['kept']:.0%}."]
+
+
+def _watching(records: Sequence[Record]) -> list[str]:
+    """Return whether, and until when, everyone was averaged; older logs do not know it."""
+    watched = [record["step"] for record in records if record.get("watch")]
+    if not watched:
+        return []
+    if records[-1].get("watch"):
+        return ["Watching only: everyone is averaged. state.watch = False filters."]
+    return [f"Up to step {watched[-1]} everyone was averaged (watch)."]
+
+
+def _nonfinite(records: Sequence[Record], rank: int) -> list[str]:
+    """Return how often a rank's gradient was not finite, if it ever was."""
+    spoilt = [each for each in records if each["ranks"][rank]["nonfinite"]]
+    number = sum(round(each["ranks"][rank]["nonfinite"] * each["decisions"]) for each in spoilt)
+    if not number:
+        return []
+    times = f"{number} decision{'s' * (number > 1)}, the last one by step {spoilt[-1]['step']}"
+    return [f"{_name(records[-1], rank)} had NaN or infinity in {times}: look at its loss scale and its device."]
 
 
 def _last(others: Sequence[Record], now: dict[int, Absence]) -> list[str]:

@@ -75,11 +75,14 @@ def _headline(records: Sequence[Record], out: list[int]) -> str:
     count = len(records[-1]["ranks"])
     if not out:
         return f"No rank of {count} is out at step {records[-1]['step']}"
+    watched = records[-1].get("watch")
     if len(out) > 1:
-        return f"{len(out)} ranks of {count} are out: {', '.join(map(str, out[:8]))}{' …' * (len(out) > 8)}"
+        are = "would be left out" if watched else "are out"
+        return f"{len(out)} ranks of {count} {are}: {', '.join(map(str, out[:8]))}{' …' * (len(out) > 8)}"
     since = next(absence.since for absence in absences(records) if absence.until is None)
     host = records[-1]["ranks"][out[0]]["host"]
-    return f"Rank {out[0]} of {count}{f', on {host},' if host else ''} is out since step {since}"
+    is_out = "would be left out" if watched else "is out"
+    return f"Rank {out[0]} of {count}{f', on {host},' if host else ''} {is_out} since step {since}"
 
 
 def _draw_kept(axis: Axes, records: Sequence[Record], out: list[int]) -> None:

@@ -99,11 +99,7 @@ class Report:
         return [each for each in self.ranks if each.out_since is not None and self.step - each.out_since >= steps]
 
     def __str__(self) -> str:
-        """Return where the ranks stand, in words.
-
-        A line for each rank that is out, that is kept less often than the others, whose gradients were not finite, or
-        of which held-out data gave a verdict; and last what to do.
-        """
+        """Return a line for each rank that is out or of which there is something to say, and last what to do."""
         out = self.out_for(10)
         kept = {each.rank: 1.0 if each.kept is None else each.kept for each in self.ranks}
         told = [each for each in self.ranks if each.trusted_since is not None or each.condemned_since is not None]
@@ -129,9 +125,12 @@ class Report:
                 f"{_ranks(unclear).capitalize()} may be broken, or honest with data of its own: give the filter "
                 f"held-out data (state.reference), or look at {_theirs(unclear)}."
             )
+        spoilt = [each.rank for each in self.ranks if each.nonfinite]
+        if spoilt:
+            said.append(f"NaN or infinity came from {_ranks(spoilt)}: look at the loss scale and the device there.")
         kept = [each.kept for each in self.ranks if each.kept is not None]
         if not self.is_consensus and kept and max(kept) < 0.5:
-            said.append("Most decisions found no gradients that agree: raise tau, or the batch size per rank.")
+            said.append("No rank was kept in half of the decisions: raise tau, or the batch size per rank.")
         if out and self.watch:
             ranks = _ranks([each.rank for each in out])
             said.append(f"Watching only, everyone is averaged: state.watch = False leaves out {ranks}.")

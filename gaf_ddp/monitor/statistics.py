@@ -40,7 +40,9 @@ class Statistics:
             self._totals.add(decisions)
             self._history.add(step, decisions)
             self._noise.add(step, decisions, self.voter_of, steps)
-            self._alarms.count_step(any(bool(each.agreed) for each in decisions), limit)
+            self._alarms.count_step(any(bool(each.agreed) for each in decisions), limit, self.speaks)
+            if self.speaks:
+                self._alarms.warn_of_nonfinite(step, [machine(host) for host in self.hosts], decisions)
         if self.speaks and (step + 1) // _CHECKED != self._looked // _CHECKED:
             self._looked = step + 1
             self._alarms.warn_of_ranks(self.report(step + 1))

@@ -3,12 +3,16 @@
 import logging
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from gaf_ddp.monitor.report import Report
 from gaf_ddp.rules.agreement import Agreement
 
 _logger = logging.getLogger(__name__)
 _LONG = 200  # steps in a row for which a rank must be out to be named
 _QUIET = 1000  # steps between two such warnings
+_MANY_SKIPS = 50  # in a row
+_SPOILT = 10  # steps in a row in which no rank has a finite gradient
 _RARE = 20  # steps between two readings of held-out data, above which they are too few
 
 
@@ -19,12 +23,19 @@ class Alarms:
         self._skips = 0  # steps in a row on which nothing agreed
         self._quiet_until = 0  # the step from which on ranks that are out are named again
         self._equals_quiet_until = 0  # the same for ranks whose gradients are equal
+        self._spoilt: list[tuple[int, list[int]]] = []  # steps in a row with ranks whose gradients are not finite
         self._last_reading: int | None = None  # of held-out data, after so many steps
         self._warned_of_readings = False
 
-    def count_step(self, agreed: bool, limit: int | None) -> None:
-        """Count a step; raise RuntimeError if nothing agreed in more steps in a row than the limit."""
+    def count_step(self, agreed: bool, limit: int | None, speaks: bool) -> None:
+        """Count a step; warn if nothing agreed in fifty in a row.
+
+        Raises:
+            RuntimeError: nothing agreed in more steps in a row than the limit.
+        """
         self._skips = 0 if agreed else self._skips + 1
+        if speaks and self._skips == _MANY_SKIPS:
+            _logger.warning("gaf_ddp: nothing agreed in %d steps in a row, so nothing was learned.", self._skips)
         if limit is not None and self._skips > limit:
             rule = f"max_consecutive_skips is {limit}"
             raise RuntimeError(f"{rule}, found {self._skips} steps in a row on which no gradients agreed")
@@ -38,6 +49,24 @@ class Alarms:
                 "gradients are not finite: is wire_dtype float16, or the learning rate or loss scale too large?"
                 if summary["gaf/nonfinite_fraction"] > 0.5
                 else "raise tau or the batch size per rank",
+            )
+
+    def warn_of_nonfinite(self, step: int, hosts: Sequence[str], decisions: Sequence[Agreement]) -> None:
+        """Warn where no rank has had a finite gradient for ten steps in a row; the parameters will not recover."""
+        spoilt = torch.stack([each.nonfinite for each in decisions]).any(0)
+        if not bool(spoilt.any()):
+            self._spoilt = []
+            return
+        if len(self._spoilt) < _SPOILT + 1:
+            self._spoilt.append((step, spoilt.nonzero().flatten().tolist()))
+        (first, ranks), last = self._spoilt[0], self._spoilt[-1][1]
+        if len(self._spoilt) == _SPOILT and len(last) == len(spoilt):
+            names = ", ".join(f"{rank} ({hosts[rank]})" if rank < len(hosts) else str(rank) for rank in ranks[:8])
+            _logger.warning(
+                "gaf_ddp: every rank's gradient has been NaN or infinite for steps. It began at step %d with rank %s. "
+                "The parameters may be NaN: load a checkpoint. watch=True averages what is not finite, too.",
+                first,
+                names,
             )
 
     def warn_of_ranks(self, report: Report) -> None:

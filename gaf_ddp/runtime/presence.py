@@ -1,11 +1,14 @@
 """Who is there, before the first collective."""
 
+import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
+_logger = logging.getLogger(__name__)
 _TAG = 26_465  # apart from the user's own messages in the same group
 
 
@@ -29,6 +32,19 @@ def wait_for_everyone(group: dist.ProcessGroup) -> None:
         with _naming(rank, other):
             if work is not None:
                 work.wait()
+
+
+@contextmanager
+def told_after(seconds: float, what: str) -> Iterator[None]:
+    """Say in the log that this still waits after so many seconds; nobody would see why a job stands still."""
+    said = "gaf_ddp: %s, for %.0f s now: is the hook, or the filter, on every rank?"
+    timer = threading.Timer(seconds, _logger.warning, (said, what, seconds))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

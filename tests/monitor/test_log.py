@@ -113,7 +113,7 @@ class TestRecords:
         assert [record["ranks"][2]["zero"] for record in records(path)] == [0, 0, 0]
         assert ["gaf/kept_rank_02" in found for found in dicts] == [True, True, False]
         assert sentences(read(path)) == [
-            "No rank is out at step 12: the least kept is rank 0, 100%.",
+            "No rank is out at step 12: all are kept.",
             "Rank 2 has finished: it is out of inputs.",
         ]
 

@@ -72,7 +72,7 @@ def test_sentences_say_over_how_many_batches_averaging_pays(scale: float | None,
     assert (words in last) if words else last.startswith("No rank is out")
 
 
-@pytest.mark.parametrize(("name", "words"), [("nonfinite", "Numbers"), ("zero", "Nothing"), ("overlong", "Something")])
+@pytest.mark.parametrize(("name", "words"), [("nonfinite", "Numbers"), ("zero", "Nothing"), ("overlong", "Its loss")])
 def test_sentences_say_what_to_do_next_for_each_reason(name: str, words: str) -> None:
     *_, last = sentences([record(100, [1, 0, 1, 0], **{name: [0.0, 1.0, 0.0, 1.0]})])
     assert last.startswith(f"Next, for ranks 1, 3: {words.lower()}")
@@ -103,3 +103,23 @@ def test_sentences_say_that_nobody_is_out_and_how_often_nothing_agreed() -> None
         "No rank is out at step 200: the least kept is rank 0, 90%.",
         "In 12% of all decisions nothing agreed.",
     ]
+
+
+def test_sentences_say_who_had_nan_now_and_then() -> None:
+    log = [record(100, [1, 1, 0.98, 1], nonfinite=[0.0, 0.0, 0.02, 0.0]), record(200, [1, 1, 1, 1])]
+    expected = round(0.02 * log[0]["decisions"])
+    assert sentences(log) == [
+        "No rank is out at step 200: all are kept.",
+        f"Rank 2 on node-1 had NaN or infinity in {expected} decisions, the last one by step 100: "
+        "look at its loss scale and its device.",
+    ]
+
+
+def test_sentences_say_that_and_until_when_everyone_was_averaged() -> None:
+    watched, filtered = record(100, [1, 0, 1, 1], watch=True), record(200, [1, 0, 1, 1])
+    first, second, *_ = sentences([watched])
+    assert first == "Watching only: everyone is averaged. state.watch = False filters."
+    assert second.startswith("Rank 1 on node-0 would be left out since step 1: ")
+    first, second, *_ = sentences([watched, filtered])
+    assert first == "Up to step 100 everyone was averaged (watch)."
+    assert second.startswith("Rank 1 on node-0 is out since step 1: ")

@@ -77,7 +77,7 @@ class TestReport:
             two.add(step, [made([False, False], voters=[True] * 2)])
         of_three, of_two = (replace(each.report(12, []), is_consensus=False) for each in (three, two))
         assert of_three.advice() == ["The others do not agree with rank 2: look at its data and its device."]
-        said = "Most decisions found no gradients that agree: raise tau, or the batch size per rank."
+        said = "No rank was kept in half of the decisions: raise tau, or the batch size per rank."
         assert of_two.advice() == [said]
 
     def test_of_ranks_that_are_well_is_one_line(self) -> None:

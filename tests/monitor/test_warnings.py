@@ -74,6 +74,31 @@ class TestOfRanks:
         assert caplog.messages == [f"gaf_ddp: left out for long, is it broken? {said}"]
 
 
+def spoilt(*ranks: int) -> Any:
+    """Return a decision on four ranks, of which these have no finite gradient."""
+    which = [rank in ranks for rank in range(4)]
+    return made([not each for each in which], voters=[not each for each in which], nonfinite=which)
+
+
+def test_where_no_rank_is_finite_any_more_with_the_first(caplog: pytest.LogCaptureFixture) -> None:
+    statistics = Statistics()
+    statistics.hosts = ["a", "b", "c", "d"]
+    for step in range(10):
+        statistics.record(step, [spoilt(0, 1, 2, 3)] if step < 9 else [spoilt()], None)  # as a loss scale does
+    assert caplog.messages == []
+    for step in range(50, 80):
+        statistics.record(step, [spoilt(2) if step == 50 else spoilt(0, 1, 2, 3)], None)
+    (message,) = [each for each in caplog.messages if "NaN or infinite" in each]
+    assert "It began at step 50 with rank 2 (c). The parameters may be NaN: load a checkpoint" in message
+
+
+def test_where_nothing_agrees_for_fifty_steps(caplog: pytest.LogCaptureFixture) -> None:
+    statistics = Statistics()
+    for step in range(60):
+        statistics.record(step, [made(without(0, 1, 2, 3), voters=[True] * 4)], None)
+    assert caplog.messages == ["gaf_ddp: nothing agreed in 50 steps in a row, so nothing was learned."]
+
+
 def test_of_held_out_data_that_are_read_too_rarely_once_and_by_one_rank(caplog: pytest.LogCaptureFixture) -> None:
     often, rarely, other = Statistics(), Statistics(), Statistics()
     other.speaks = False
