@@ -11,6 +11,16 @@ ARMS = ("averaging", "best lr", "consensus", "reference", "reference: random mem
 EIGHT_CLASSES = tuple(range(8))
 ONE_ALONE = Labels("own classes", classes=(EIGHT_CLASSES, EIGHT_CLASSES, EIGHT_CLASSES, (8, 9)))
 
+SHORT = {  # for pictures
+    "wrong label map on rank 0 of 4": "1 of 4 wrong",
+    "wrong label map on rank 0, 1, 2 of 4": "3 of 4 wrong",
+    "one rank alone has classes 8 and 9": "own classes",
+    "nobody of 4 is bad": "none bad",
+    "one rank alone has four superclasses": "own superclasses",
+    "rank 3 of 4 alone has the other register": "own register",
+    "wrong letters on rank 0 of 4": "1 of 4 wrong",
+}
+
 
 def held_out() -> list[Experiment]:
     """Return honest minorities, bad minorities and majorities, attacks, and nobody bad."""
@@ -61,7 +71,7 @@ def _cifar() -> list[Experiment]:
             f"CIFAR-10 (16x16, 2500 images), W=4, batch 16, {steps} steps, {name}",
             Run("small cifar10", "conv", (0, 1, 2, 3), 16, steps, lr=0.05, evaluate_every=25, labels=labels),
             ("averaging", "consensus", "reference", "oracle"),
-            bad=labels.ranks, seeds=3, first_seed=FIRST_SEED, notes={"panel": f"CIFAR, {name}"},
+            bad=labels.ranks, seeds=3, first_seed=FIRST_SEED, notes={"panel": f"CIFAR, {SHORT[name]}, {steps} steps"},
         )
         for name, (labels, all_steps) in told.items()
         for steps in all_steps
@@ -80,7 +90,7 @@ def _superclasses() -> list[Experiment]:
             f"CIFAR-100's 20 superclasses (16x16, 2500 images), W=4, batch 16, {name}",
             Run("small cifar100", "conv", (0, 1, 2, 3), 16, 600, lr=0.05, evaluate_every=25, labels=labels),
             ("averaging", "consensus", "reference", "oracle"),
-            bad=labels.ranks, seeds=3, first_seed=FIRST_SEED, notes={"panel": f"CIFAR-100, {name}"},
+            bad=labels.ranks, seeds=3, first_seed=FIRST_SEED, notes={"panel": f"CIFAR-100, {SHORT[name]}"},
         )
         for name, labels in told.items()
     ]  # fmt: skip
@@ -94,7 +104,7 @@ def _text() -> list[Experiment]:
             Run(data, "transformer", (0, 1, 2, 3), 4, 600, 1e-2, labels=labels, weight_decay=0.0, evaluate_every=60,
                 optimizer="adam"),
             ("averaging", "consensus", "reference", "oracle"),
-            bad=labels.ranks, seeds=2, first_seed=FIRST_SEED, notes={"panel": f"text, {name}"},
+            bad=labels.ranks, seeds=2, first_seed=FIRST_SEED, notes={"panel": f"text, {SHORT[name]}"},
         )
         for name, data, labels in (
             ("rank 3 of 4 alone has the other register", "two registers", own),
