@@ -82,6 +82,8 @@ def require_assignable(held: Mapping[str, Any], name: str, value: object) -> Non
         raise AttributeError(f"{name} holds from the first bucket on: make a new GAFState for a new model")
     if name in RULES:
         require_valid(**{name: value})
+    elif "step" in held and name not in held and not name.startswith("_"):
+        raise AttributeError(f"GAFState has no setting {name!r}, found one assigned")
     if name in ("tau", "weighting") and "step" in held and held["_ratio"] is not None and value is not None:
         raise AttributeError(f"{name} cannot be assigned where the consensus rule judges: make a new GAFState")
 

@@ -156,7 +156,8 @@ class GAFState(Settings):
         """
         self._catch_up()
         found = self._records.statistics.report(self.step, self.max_norm_ratio)
-        return replace(found, watch=self.watch, is_consensus=self._is_consensus)
+        held_out = self._judge is not None and self._judge.has_held_out
+        return replace(found, watch=self.watch, is_consensus=self._is_consensus, has_held_out=held_out)
 
     def advance(self) -> None:
         """End a step of `filter_parameters`, a collective; RuntimeError if the state filters no parameters."""

@@ -281,6 +281,13 @@ def test_what_holds_from_the_first_bucket_on_cannot_be_assigned(gloo_ranks: Rank
             assert message == f"{name} holds from the first bucket on: make a new GAFState for a new model"
 
 
+def test_a_setting_that_there_is_not_is_refused() -> None:
+    with pytest.raises(AttributeError, match="GAFState has no setting 'wacth'"):
+        GAFState().wacth = True
+    with pytest.raises(TypeError, match=r"GAFState.__init__\(\) got an unexpected keyword argument 'tua'"):
+        GAFState(tua=0.9)  # type: ignore[call-arg]
+
+
 @pytest.mark.parametrize(("name", "value"), [("tau", 0.9), ("weighting", Mean())])
 def test_the_consensus_rule_cannot_be_exchanged_for_another(name: str, value: Any) -> None:
     with pytest.raises(AttributeError, match=f"{name} cannot be assigned where the consensus rule judges"):

@@ -1,5 +1,7 @@
 """Readings of held-out data on their way: two sketches that a later ballot carries, once all ranks have them."""
 
+import logging
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -8,6 +10,8 @@ from torch import Tensor, nn
 from gaf_ddp.ballots.ballot import Numbers
 from gaf_ddp.engines.apart import Loss, gradient_of
 from gaf_ddp.rules.reference import TEMPERATURES
+
+_logger = logging.getLogger(__name__)
 
 
 class Readings:
@@ -18,11 +22,15 @@ class Readings:
     find out whether the others have read too. Readings are numbered, the same on all ranks, so that a ballot that was
     long on its way asks for none that has gone already.
 
+    Args:
+        rank: this one's, which a warning names.
+
     Attributes:
         waiting: the number of the reading that waits for a ballot, from 1 on; 0 where none does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int) -> None:
+        self._rank, self._told, self._has_warned = rank, 0, False  # _told: the last reading whose losses are known
         self.waiting = 0
         self._put = 0  # the number of the last reading,
         self._due = self._sent = 0  # of what the next ballot carries, and of what the last ones carried
@@ -53,11 +61,15 @@ class Readings:
         return torch.cat([sketch, reading]), loss
 
     def require(self, numbers: Numbers) -> None:
-        """Learn from all ranks' ballots whether the next one carries a reading.
+        """Learn from all ranks' ballots whether the next one carries a reading; warn of a loss that is not finite.
 
         Raises:
             RuntimeError: on every rank: some have read held-out data, and some not.
         """
+        if self._sent > self._told:
+            self._told = self._sent
+            if not numbers.finished[self._rank]:
+                self._warn_if_empty(float(numbers.loss[self._rank]))
         training = numbers.finished == 0
         read, latest = numbers.referenced != 0, int(numbers.referenced.max())
         self._due = latest if latest > self._sent else 0
@@ -65,6 +77,15 @@ class Readings:
             have, lack = ((which & training).nonzero().flatten().tolist() for which in (read, ~read))
             rule = "state.reference must be called on every rank, between the same steps"
             raise RuntimeError(f"{rule}, found it called on ranks {have} and not on ranks {lack}")
+
+    def _warn_if_empty(self, loss: float) -> None:
+        if not math.isfinite(loss) and not self._has_warned:
+            self._has_warned = True
+            _logger.warning(
+                "gaf_ddp: the held-out loss of rank %d is %f, and its share does not count: has it any examples?",
+                self._rank,
+                loss,
+            )
 
 
 def split(rows: Tensor, size: int) -> tuple[Tensor, Tensor | None]:

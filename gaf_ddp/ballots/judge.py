@@ -109,6 +109,11 @@ class Judge:
         verdict = None if self._reference.evidence is None else self._reference.evidence.verdict
         return Opinion(self.kept, found.z, found.flipped, gramian, found.equal, verdict)
 
+    @property
+    def has_held_out(self) -> bool:
+        """Whether held-out data have been read."""
+        return self._reference.evidence is not None
+
     def dump(self) -> bytes:
         """Return all of it, at a host sync, as bytes without code."""
         file = io.BytesIO()

@@ -76,7 +76,7 @@ class LateFilter:
         self._latest = -1  # the index of the last bucket
         self._judge_every = every or state.judge_every
         self._every = self._judge_every or 1  # steps of a ballot
-        self.readings = Readings()
+        self.readings = Readings(group.rank())
         self.checks = BallotChecks(state, sums=in_buckets and self._replica is None)
         self.ballot = OpenBallot(state.sketch_size, device)
         self.recall()
@@ -117,7 +117,7 @@ class LateFilter:
             self._send()
 
     def fold(self, gradient: Tensor, parameters: Sequence[Tensor], count: int | None = None) -> Tensor:
-        """Return the sketch `(k,)` of a gradient `(N,)` of parameters known from training."""
+        """Return the sketch `(k,)` of a gradient `(N,)` of known parameters."""
         return fold(gradient, self.places.spans(parameters, count)[1], self._state.sketch_size)[0]
 
     def read(self, loss: Loss) -> None:

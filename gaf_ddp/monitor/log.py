@@ -121,6 +121,7 @@ class AgreementLog:
             "ratio": self.state._ratio,
             "max_norm_ratio": self.state.max_norm_ratio,
             "watch": self.state.watch,
+            "held_out": self.state.report().has_held_out,
             **{name: _plain(value) for name, value in summary(sums).items() if "rank" not in name},
             "gaf/noise_scale": _plain(self.state._records.statistics.noise_scale),
             "ranks": self._ranks(sums, now),

@@ -11,6 +11,8 @@ _NEXT = {
     "overlong": "its loss scale or its inputs are too large, or it is honest, with data that the others do not have: "
     "give the filter held-out data (state.reference), or look at its data.",
     "judged": "held-out data say it does harm: look at its data and its device.",
+    "unclear": "broken, or honest with data of its own? Held-out data say nothing of it yet: give more of them, or "
+    "look at its data and its device.",
     "far": "broken, or honest with data of its own? Give the filter held-out data (state.reference), or look at its "
     "data and its device.",
 }
@@ -121,7 +123,8 @@ def _next(record: Record, now: dict[int, Absence]) -> list[str]:
         judged = record["ranks"][rank].get("condemned_since") is not None
         reason = "judged" if judged else absence.reason
         reasons.setdefault(reason if reason in _NEXT else "far", []).append(rank)
+    told = {**_NEXT, "far": _NEXT["unclear"] if record.get("held_out") else _NEXT["far"]}
     return [
-        f"Next, for rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}: {_NEXT[why]}"
+        f"Next, for rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}: {told[why]}"
         for why, ranks in reasons.items()
     ]

@@ -75,6 +75,10 @@ class RankStanding:
         return line
 
 
+_GIVE = "give the filter held-out data (state.reference)"
+_MORE = "held-out data say nothing of it yet, give more of them"
+
+
 @dataclass(frozen=True)
 class Report:
     """Where each rank stands after so many steps, by so many decisions; `str` names the ranks that matter."""
@@ -85,6 +89,7 @@ class Report:
     max_norm_ratio: float | None = None  # the state's
     watch: bool = False  # the state's
     is_consensus: bool = True  # whether the consensus rule judged, or tau or a weighting
+    has_held_out: bool = False  # whether held-out data have been read
 
     def as_dict(self) -> dict[str, Any]:
         """Return the same in plain dictionaries, as JSON can hold them."""
@@ -121,19 +126,16 @@ class Report:
         if unclear and not self.is_consensus:
             said.append(f"The others do not agree with {_ranks(unclear)}: look at {_theirs(unclear)}.")
         elif unclear:
-            said.append(
-                f"{_ranks(unclear).capitalize()} may be broken, or honest with data of its own: give the filter "
-                f"held-out data (state.reference), or look at {_theirs(unclear)}."
-            )
-        spoilt = [each.rank for each in self.ranks if each.nonfinite]
-        if spoilt:
+            may_be = f"{_ranks(unclear).capitalize()} may be broken, or honest with data of its own"
+            said.append(f"{may_be}: {_MORE if self.has_held_out else _GIVE}, or look at {_theirs(unclear)}.")
+        if spoilt := [each.rank for each in self.ranks if each.nonfinite]:
             said.append(f"NaN or infinity came from {_ranks(spoilt)}: look at the loss scale and the device there.")
         kept = [each.kept for each in self.ranks if each.kept is not None]
         if not self.is_consensus and kept and max(kept) < 0.5:
             said.append("No rank was kept in half of the decisions: raise tau, or the batch size per rank.")
         if out and self.watch:
-            ranks = _ranks([each.rank for each in out])
-            said.append(f"Watching only, everyone is averaged: state.watch = False leaves out {ranks}.")
+            who = _ranks([each.rank for each in out])
+            said.append(f"Watching only, everyone is averaged: state.watch = False leaves out {who}.")
         if len(self.ranks) == 2 and self.is_consensus:
             said.append("Two ranks cannot outvote each other: nobody is left out for what its gradient says.")
         return said

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import io
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -320,3 +321,24 @@ def wrong_losses(device: torch.device) -> list[str]:
             state.reference(loss)
         said.append(str(error.value))
     return said
+
+
+def read_nothing(device: torch.device) -> list[str]:
+    """Read held-out data of which one rank has none; return what this rank warns of."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("gaf_ddp.ballots").addHandler(handler)
+    model, state = model_of("ddp", device, {})
+    inputs, labels = (each[:16] for each in shard(0, "data of its own"))
+    held = [each[: 0 if dist.get_rank() == 2 else 16] for each in points(16, seed=7)]
+    for _ in range(6):
+        cross_entropy(model(inputs), labels).backward()
+        state.reference(lambda t: cross_entropy(model(held[0]) / t, held[1]))
+    assert state.report().has_held_out
+    return said
+
+
+def test_an_empty_share_is_told_once(gloo_ranks: Ranks) -> None:
+    said = "gaf_ddp: the held-out loss of rank 2 is nan, and its share does not count: has it any examples?"
+    assert gloo_ranks(3, read_nothing) == [[], [], [said]]

@@ -46,6 +46,8 @@ class TestReport:
         _, line, advice = str(standing.report(12, [])).splitlines()
         assert line.endswith(said)
         assert advice.startswith("Rank 2 may be broken, or honest with data of its own: give the filter held-out data")
+        (advice,) = replace(standing.report(12, []), has_held_out=True).advice()
+        assert "own: held-out data say nothing of it yet, give more of them, or look at its data" in advice
 
     def test_says_what_held_out_data_say_and_what_to_do_next(self) -> None:
         standing = Standing()
