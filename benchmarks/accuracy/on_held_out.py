@@ -24,7 +24,7 @@ SHORT = {  # for pictures
 
 def held_out() -> list[Experiment]:
     """Return honest minorities, bad minorities and majorities, attacks, and nobody bad."""
-    return [*_digits(), *_cifar(), *_superclasses(), *_text()]
+    return [*_digits(), *_for_long(), *_cifar(), *_superclasses(), *_text()]
 
 
 def _digits() -> list[Experiment]:
@@ -55,6 +55,23 @@ def _digits() -> list[Experiment]:
             real_arms=("consensus", "reference") if name in real else (), real_seeds=3, notes={"panel": name},
         )
         for name, (world, batch, labels, fault) in told.items()
+    ]  # fmt: skip
+
+
+def _for_long() -> list[Experiment]:
+    told = {
+        "one rank alone has classes 8 and 9": ONE_ALONE,
+        "wrong label map on rank 0 of 4": Labels("shift", (0,)),
+        "wrong label map on rank 0, 1, 2 of 4": Labels("shift", (0, 1, 2)),
+    }
+    return [
+        Experiment(
+            f"held out {name}, 2000 steps", "held_out", f"digits, W=4, batch 20, 2000 steps, {name}",
+            replace(digits_run(4, 20, 2000), labels=labels, evaluate_every=100),
+            ("averaging", "consensus", "reference", "oracle"),
+            bad=labels.ranks, seeds=3, first_seed=FIRST_SEED, notes={"panel": f"{SHORT[name]}, 2000 steps"},
+        )
+        for name, labels in told.items()
     ]  # fmt: skip
 
 
