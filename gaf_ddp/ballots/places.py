@@ -39,7 +39,7 @@ class Places:
         """
         key = tuple(map(id, parameters))
         if key not in self._spans:
-            counts = [_numbers_of(each) if count is None else 0 for each in parameters]
+            counts = [numbers_of(each) if count is None else 0 for each in parameters]
             known = [self._place_of(*each) for each in zip(parameters, counts, strict=True)]
             if count is None:
                 self._spans[key] = spans_of(zip(known, counts, strict=True))
@@ -66,6 +66,6 @@ class Places:
         return self._place[id(parameter)]
 
 
-def _numbers_of(parameter: Tensor) -> int:
+def numbers_of(parameter: Tensor) -> int:
     """Return how many real numbers a bucket has of it: DDP makes two of a complex one."""
     return parameter.numel() * (2 if parameter.is_complex() else 1)

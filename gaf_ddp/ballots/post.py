@@ -70,10 +70,12 @@ class Post:
 
     def on_the_way(self) -> list[dist.Work]:
         """Return the works on CPU groups that may not be done; accelerators' streams end by themselves."""
-        gathered = [] if self._sent is None else [self._sent.counting.work]
-        added = [] if self._added is None else [self._added[0]]
-        added = [each.work for each in added if each.sums.device.type == "cpu"]
-        return [work for work in (*gathered, *added) if work is not None]
+        works = []
+        if self._sent is not None and self._sent.counting.work is not None:
+            works.append(self._sent.counting.work)
+        if self._added is not None and self._added[0].sums.device.type == "cpu":
+            works.append(self._added[0].work)
+        return works
 
     def _gather(
         self,

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gaf_ddp.ballots.late import LateFilter
+from gaf_ddp.ballots.places import numbers_of
 from gaf_ddp.connect import meet, warn_if_alone
 from gaf_ddp.engines.apart import Loss
 from gaf_ddp.engines.parts import require_replica, tensor_group_of
@@ -158,8 +159,8 @@ class _Parameters:
         """Fold the two gradients of a loss on held-out data, which the hooks see and leave alone."""
         if any(map(is_part, self._parameters)):
             raise RuntimeError("reference needs whole parameters, found parts of them, as FSDP1 and ZeRO 3 make")
-        counts = [each.numel() * (2 if each.is_complex() else 1) for each in self._parameters]
-        spans, size = spans_of(zip(self._places, counts, strict=True)), self._state.sketch_size
+        counts, size = map(numbers_of, self._parameters), self._state.sketch_size
+        spans = spans_of(zip(self._places, counts, strict=True))
         self._is_reading = True
         try:
             self._late.readings.read(loss, self._parameters, None, lambda gradient: fold(gradient, spans, size)[0])

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from gaf_ddp.given import require_state
+from gaf_ddp.monitor.report import Report
 from gaf_ddp.monitor.sinks import FORMAT, KEY, writing
 from gaf_ddp.monitor.totals import Sums, between, kept_shares, summary
 from gaf_ddp.rules.agreement import Agreement
@@ -110,7 +111,7 @@ class AgreementLog:
         if agreement is None or not sum(sums["decisions"]):
             return None
         self._before = everything
-        now = _read(agreement)
+        now, report = _read(agreement), self.state.report()
         if self._cosine_written is None or step // self.cosine_every != self._cosine_written // self.cosine_every:
             self._cosine_written = step
         return {
@@ -121,21 +122,20 @@ class AgreementLog:
             "ratio": self.state._ratio,
             "max_norm_ratio": self.state.max_norm_ratio,
             "watch": self.state.watch,
-            "held_out": self.state.report().has_held_out,
+            "held_out": report.has_held_out,
             **{name: _plain(value) for name, value in summary(sums).items() if "rank" not in name},
             "gaf/noise_scale": _plain(self.state._records.statistics.noise_scale),
-            "ranks": self._ranks(sums, now),
+            "ranks": self._ranks(sums, now, report),
             "cosine": now["cosine"] if self._cosine_written == step else None,
         }
 
-    def _ranks(self, sums: dict[str, list[float]], now: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    def _ranks(self, sums: dict[str, list[float]], now: dict[str, list[Any]], report: Report) -> list[dict[str, Any]]:
         """Return of each rank: shares of the decisions in which it was what their names say, z now, and so on."""
         (decisions,) = sums["decisions"]
         columns = {"kept": [_plain(share) for share in kept_shares(sums)]}  # None of a rank that has finished
         columns |= {name: [_plain(count / decisions) for count in sums[name]] for name in SHARES}
         columns["flipped"], columns["distance"] = now["flipped"], now["distance"]
-        reported = self.state.report().as_dict()["ranks"]
-        columns |= {name: [rank[name] for rank in reported] for name in _OF_REPORT}
+        columns |= {name: [getattr(rank, name) for rank in report.ranks] for name in _OF_REPORT}
         return [
             {"rank": rank, **dict(zip(columns, values, strict=True))}
             for rank, values in enumerate(zip(*columns.values(), strict=True))

@@ -42,11 +42,11 @@ class Statistics:
             self._noise.add(step, decisions, self.voter_of, steps)
             self._alarms.count_step(any(bool(each.agreed) for each in decisions), limit, self.speaks)
             if self.speaks:
-                self._alarms.warn_of_nonfinite(step, [machine(host) for host in self.hosts], decisions)
+                self._alarms.warn_of_nonfinite(step, self.hosts, decisions)
         if self.speaks and (step + 1) // _CHECKED != self._looked // _CHECKED:
             self._looked = step + 1
             self._alarms.warn_of_ranks(self.report(step + 1))
-            self._alarms.warn_of_equals(step, [machine(host) for host in self.hosts], decisions)
+            self._alarms.warn_of_equals(step, self.hosts, decisions)
 
     def note_reading(self, step: int) -> None:
         """Note that held-out data are read after so many steps."""

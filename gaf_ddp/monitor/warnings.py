@@ -7,6 +7,7 @@ import torch
 
 from gaf_ddp.monitor.report import Report
 from gaf_ddp.rules.agreement import Agreement
+from gaf_ddp.runtime.hosts import machine
 
 _logger = logging.getLogger(__name__)
 _LONG = 200  # steps in a row for which a rank must be out to be named
@@ -23,7 +24,8 @@ class Alarms:
         self._skips = 0  # steps in a row on which nothing agreed
         self._quiet_until = 0  # the step from which on ranks that are out are named again
         self._equals_quiet_until = 0  # the same for ranks whose gradients are equal
-        self._spoilt: list[tuple[int, list[int]]] = []  # steps in a row with ranks whose gradients are not finite
+        self._spoilt = 0  # steps in a row with gradients that are not finite,
+        self._spoilt_first: tuple[int, list[int]] = (0, [])  # the first of them, and whose they were
         self._last_reading: int | None = None  # of held-out data, after so many steps
         self._warned_of_readings = False
 
@@ -55,18 +57,18 @@ class Alarms:
         """Warn where no rank has had a finite gradient for ten steps in a row; the parameters will not recover."""
         spoilt = torch.stack([each.nonfinite for each in decisions]).any(0)
         if not bool(spoilt.any()):
-            self._spoilt = []
+            self._spoilt = 0
             return
-        if len(self._spoilt) < _SPOILT + 1:
-            self._spoilt.append((step, spoilt.nonzero().flatten().tolist()))
-        (first, ranks), last = self._spoilt[0], self._spoilt[-1][1]
-        if len(self._spoilt) == _SPOILT and len(last) == len(spoilt):
-            names = ", ".join(f"{rank} ({hosts[rank]})" if rank < len(hosts) else str(rank) for rank in ranks[:8])
+        if not self._spoilt:
+            self._spoilt_first = step, spoilt.nonzero().flatten().tolist()
+        self._spoilt += 1
+        if self._spoilt == _SPOILT and bool(spoilt.all()):
+            first, ranks = self._spoilt_first
             _logger.warning(
                 "gaf_ddp: every rank's gradient has been NaN or infinite for steps. It began at step %d with rank %s. "
                 "The parameters may be NaN: load a checkpoint. watch=True averages what is not finite, too.",
                 first,
-                names,
+                ", ".join(_named(rank, hosts) for rank in ranks[:8]),
             )
 
     def warn_of_ranks(self, report: Report) -> None:
@@ -86,8 +88,7 @@ class Alarms:
         self._equals_quiet_until = step + _QUIET
         first = [rank for rank in range(len(equal)) if bool(equal[rank].any()) and not bool(equal[rank, :rank].any())]
         groups = [[rank, *equal[rank].nonzero().flatten().tolist()] for rank in first]
-        names = [f"rank {rank} ({hosts[rank]})" if rank < len(hosts) else f"rank {rank}" for rank in range(len(equal))]
-        said = "; ".join(" and ".join(names[rank] for rank in group) for group in groups)
+        said = "; ".join(" and ".join(f"rank {_named(rank, hosts)}" for rank in group) for group in groups)
         _logger.warning(
             "gaf_ddp: equal gradients for ten steps in a row: %s. Do they read the same data, as with a sampler "
             "that was not told the rank? They count as one voter.",
@@ -106,3 +107,8 @@ class Alarms:
                 since,
                 _RARE,
             )
+
+
+def _named(rank: int, hosts: Sequence[str]) -> str:
+    """Return a rank's number with its machine, if that is known."""
+    return f"{rank} ({machine(hosts[rank])})" if rank < len(hosts) else str(rank)
