@@ -35,6 +35,7 @@ CIFARS = {
     "small cifar10": Cifar("", 250, 100, 16),
     "small cifar100": Cifar("cifar100", 25, 20, 16, superclasses=True),
     "cifar100": Cifar("cifar100", 500, 100, 32),
+    "tenth of cifar100": Cifar("cifar100", 50, 100, 32),
     "tiny cifar100": Cifar("cifar100", 2, 1, 32),  # for a rehearsal
 }
 

@@ -62,6 +62,7 @@ class Reference:
 
 
 PAST = "@7a1f1ee"
+PAPER_TAUS = (0.9, 0.95, 0.98, 1.0)  # cosine distances, around those that the paper recommends
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ class Experiment:
     tau: the filter's, for the arms that are judged; the default tau of 1.0 has an arm of its own.
     arms: names in `arms.ARMS`.
     lrs: what averaging may choose its learning rate from.
+    taus: what the paper's rule may choose its tau from.
     real_arms, real_seeds: what is trained a second time on real DDP ranks.
     """
 
@@ -148,6 +150,7 @@ class Experiment:
     tau: float = 0.9
     bad: tuple[int, ...] = ()
     lrs: tuple[float, ...] = ()
+    taus: tuple[float, ...] = PAPER_TAUS
     seeds: int = 3
     first_seed: int = 0
     real_arms: tuple[str, ...] = ()

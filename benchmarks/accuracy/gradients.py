@@ -23,6 +23,13 @@ def all_gradients(model: nn.Module, batches: list[Batch], temperature: float = 1
     return torch.stack(rows)
 
 
+def mean_distance(rows: Tensor) -> Tensor:
+    """Return the mean cosine distance of two of the rows `(W, N)`, a scalar; NaN with one row."""
+    unit = torch.nn.functional.normalize(rows)
+    count = len(rows)
+    return 1 - ((unit @ unit.T).sum() - count) / (count * (count - 1))
+
+
 _SIMPLE = (nn.Flatten, nn.ReLU, nn.Linear)
 
 

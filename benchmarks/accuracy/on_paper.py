@@ -1,39 +1,59 @@
 """The paper's data, CIFAR-100 whole and at 32x32, on a network that a CPU can train."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from benchmarks.accuracy.declare import Experiment, Labels, Run
 
 HUMAN = Labels("human", column="fine")  # 40 % wrong
-EPOCHS, KEPT = 6, 42_500  # training images beside the validation part
+
+
+@dataclass(frozen=True)
+class _Data:
+    name: str
+    told: str
+    kept: int  # images, beside the validation part
+    epochs: int
+    evaluated: int  # epochs from one evaluation to the next
+    augment: bool
+
+
+WHOLE = _Data("cifar100", "50,000 images", 42_500, epochs=5, evaluated=1, augment=True)
+TENTH = _Data("tenth of cifar100", "5,000 images, not augmented", 4_250, epochs=50, evaluated=5, augment=False)
+
+SKIPS = ("averaging", "best lr", "sequential, best tau", "sequential: random skips")
+FEW = ("averaging", "sequential, best tau")
+ONE_BAD = (*FEW, "consensus", "reference, 400", "mixing", "oracle")
 
 
 def paper() -> list[Experiment]:
-    """Return human and clean labels over W and batch, and one bad rank of four; it needs --data-dir."""
-    arms = ("averaging", "best lr", "random skips", "neighborhood", "sequential, best tau", "sequential: random skips",
-            "consensus", "reference", "oracle")  # fmt: skip
-    few = ("averaging", "neighborhood", "sequential, best tau", "consensus")
+    """Return the paper's cases and controls, and one bad rank of four; it needs --data-dir.
+
+    In each: data, W, images a rank and step, labels, arms, seeds.
+    """
     told = {
-        "human labels, W=2, batch 50": (2, 50, HUMAN, arms),
-        "human labels, W=4, batch 25": (4, 25, HUMAN, arms),
-        "human labels, W=8, batch 12": (8, 12, HUMAN, few),
-        "human labels, W=2, batch 10": (2, 10, HUMAN, few),
-        "right labels, W=2, batch 50": (2, 50, Labels(), few),
-        "right labels, W=4, batch 25": (4, 25, Labels(), (*few, "reference")),
-        "wrong label map on rank 0 of 4": (4, 25, Labels("shift", (0,)), (*few, "reference", "oracle")),
-        "human labels on rank 0 of 4": (4, 25, replace(HUMAN, ranks=(0,)), (*few, "reference", "oracle")),
-    }
+        "wrong label map on rank 0 of 4": (WHOLE, 4, 25, Labels("shift", (0,)), ONE_BAD, 3),
+        "human labels, W=4, batch 25": (
+            WHOLE, 4, 25, HUMAN, (*SKIPS, "consensus", "reference, 400", "oracle"), 3,
+        ),
+        "human labels for 50 epochs, W=2, batch 50": (TENTH, 2, 50, HUMAN, (*SKIPS, "oracle"), 3),
+        "human labels on rank 0 of 4": (WHOLE, 4, 25, replace(HUMAN, ranks=(0,)), ONE_BAD, 3),
+        "human labels, W=2, batch 50": (WHOLE, 2, 50, HUMAN, (*SKIPS, "oracle"), 2),
+        "human labels, W=2, batch 10": (WHOLE, 2, 10, HUMAN, SKIPS, 1),
+        "right labels, W=2, batch 50": (WHOLE, 2, 50, Labels(), FEW, 1),
+        "right labels, W=4, batch 25": (WHOLE, 4, 25, Labels(), (*FEW, "consensus", "reference, 400"), 1),
+        "human labels, W=8, batch 12": (WHOLE, 8, 12, HUMAN, (*FEW, "consensus"), 1),
+    }  # fmt: skip
     return [
         Experiment(
-            f"paper {name}", "paper", f"CIFAR-100 (32x32, 50,000 images), ResNet-8, {EPOCHS} epochs, {name}",
-            _run(world, batch, labels), own, tau=0.95, bad=labels.ranks, lrs=(0.02, 0.05, 0.1),
-            seeds=3 if own == arms or labels.ranks else 1, notes={"panel": name},
+            f"paper {name}", "paper", f"CIFAR-100 ({data.told}), ResNet-8, {data.epochs} epochs, {name}",
+            _run(data, world, batch, labels), arms, bad=labels.ranks, lrs=(0.025, 0.05, 0.1), taus=(0.95, 1.0),
+            seeds=seeds, notes={"panel": name},
         )
-        for name, (world, batch, labels, own) in told.items()
+        for name, (data, world, batch, labels, arms, seeds) in told.items()
     ]  # fmt: skip
 
 
-def _run(world: int, batch: int, labels: Labels) -> Run:
-    epoch = KEPT // (world * batch)
-    return Run("cifar100", "resnet8", tuple(range(world)), batch, EPOCHS * epoch, lr=0.05, labels=labels,
-               evaluate_every=epoch, augment=True)  # fmt: skip
+def _run(data: _Data, world: int, batch: int, labels: Labels) -> Run:
+    epoch = data.kept // (world * batch)
+    return Run(data.name, "resnet8", tuple(range(world)), batch, data.epochs * epoch, lr=0.05, labels=labels,
+               evaluate_every=data.evaluated * epoch, augment=data.augment)  # fmt: skip

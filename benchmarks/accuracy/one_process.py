@@ -12,11 +12,11 @@ from torch.nn.functional import cross_entropy
 from benchmarks.accuracy import peers
 from benchmarks.accuracy.declare import Run
 from benchmarks.accuracy.faults import fault_named
-from benchmarks.accuracy.gradients import all_gradients
+from benchmarks.accuracy.gradients import all_gradients, mean_distance
 from benchmarks.accuracy.late import OneStepLate
 from benchmarks.accuracy.rules import settings_of
 from benchmarks.accuracy.task import Task
-from benchmarks.accuracy.training import build_network, build_optimizer
+from benchmarks.accuracy.training import Record, build_network, build_optimizer
 from gaf_ddp import GAFState, combine, gram
 from gaf_ddp.rules.agreement import decide
 from gaf_ddp.rules.reference import TEMPERATURES
@@ -57,6 +57,7 @@ class OneProcess:
         self._way = way_of(run, counts)
         self._fault_memory: dict[str, Tensor] = {}
         self._random = torch.Generator().manual_seed(run.seed)
+        self._distances: list[Tensor] = []
 
     def step(self, index: int) -> Tensor | None:
         """Train one step; return which ranks were kept, `(W,)`, None without a filter."""
@@ -64,10 +65,23 @@ class OneProcess:
         rows = all_gradients(self.model, batches)
         self._refer(index)
         self._break(rows)
+        if self._run.rule.name == "averaging":
+            self._distances.append(mean_distance(rows))
         average, kept = self._way(rows)
         if average is not None:
             self._update(average)
         return kept
+
+    def distances(self) -> Record:
+        """Return the mean cosine distance of two ranks' gradients in the first and in the last tenth of the steps.
+
+        Nothing where a rule decides which steps are taken, or ranks are alone or broken.
+        """
+        if not self._distances or len(self._run.ranks) == 1 or self._run.fault is not None:
+            return {}
+        tenth = -(-len(self._distances) // 10)
+        parts = {"first": self._distances[:tenth], "last": self._distances[-tenth:]}
+        return {f"distance_{name}": float(torch.stack(part).mean()) for name, part in parts.items()}
 
     def _refer(self, index: int) -> None:
         """Read the held-out data, if it is time to."""

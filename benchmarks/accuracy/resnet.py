@@ -1,4 +1,4 @@
-"""A ResNet of eight layers for 32x32 images, small enough for a CPU: 16 to 64 channels, group norm.
+"""A ResNet of eight layers for 32x32 images, small enough for a CPU: 16 to 64 channels, stride 2 at once, group norm.
 
 Not batch norm: ranks are computed one after the other on one model here, whose running statistics would be everyone's.
 """
@@ -32,6 +32,6 @@ class Block(nn.Module):
 def resnet8(channels: int, classes: int) -> nn.Sequential:
     """Return the network for images of so many channels."""
     c = CHANNELS
-    stem = (nn.Conv2d(channels, c, 3, padding=1, bias=False), nn.GroupNorm(GROUPS, c), nn.ReLU())
+    stem = (nn.Conv2d(channels, c, 3, stride=2, padding=1, bias=False), nn.GroupNorm(GROUPS, c), nn.ReLU())
     blocks = (Block(c, c, 1), Block(c, 2 * c, 2), Block(2 * c, 4 * c, 2))
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * c, classes))

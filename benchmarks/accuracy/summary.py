@@ -60,8 +60,11 @@ def _all_there(runs: Sequence[Run], store: Store) -> bool:
 
 
 def _choice(run: Run) -> tuple[float, float | None]:
-    """Return what an arm with several runs of a seed chooses by test accuracy: lr, or its rule's parameter."""
-    return run.lr, run.rule.parameter
+    """Return what an arm with several runs of a seed chooses by test accuracy: lr, or the parameter of its rule.
+
+    A random control chooses among the rules that it repeats.
+    """
+    return run.lr, (run.rule.like or run.rule).parameter
 
 
 def _row(experiment: Experiment, arm: str, runs: Sequence[Run], store: Store) -> Row:

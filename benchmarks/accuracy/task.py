@@ -23,6 +23,7 @@ class Task:
     labels: (n,) each, as that rank sees them. draws: (steps, batch) indices into images.
     references: what each rank reads of held-out data, () where it has none.
     few: bool (test examples,), of classes or registers that the fewest ranks see; all where everyone sees all.
+    mislabelled: up to 1,000 training images whose label is wrong, and that label, as the rank with most of them has it.
     augments: the seed that training images are shifted and turned by, None where they are not.
     """
 
@@ -34,6 +35,7 @@ class Task:
     few: Tensor
     classes: int
     references: tuple[tuple[Tensor, Tensor], ...] = ()
+    mislabelled: tuple[Tensor, Tensor] | None = None
     augments: int | None = None
 
     def batch(self, member: int, step: int) -> tuple[Tensor, Tensor]:
@@ -64,6 +66,7 @@ def build_task(run: Run, folder: Path | None) -> Task:
         _seen_by_few(run.labels, source.test_groups),
         source.classes,
         _references(run, source, held, kept, seen),
+        _mislabelled(source, kept, seen),
         run.seed if run.augment else None,
     )
 
@@ -100,6 +103,15 @@ def _references(
     world = len(run.ranks)
     parts = [chosen if told.same else chosen[place::world] for place in range(world)]
     return tuple((source.train[part], labels[part]) for part in parts)
+
+
+def _mislabelled(source: Images, kept: Tensor, seen: dict[int, Tensor]) -> tuple[Tensor, Tensor] | None:
+    """Return images `(n, …)` whose label is wrong, and that label `(n,)`; None where no label is wrong."""
+    if source.labels.dim() > 1:  # text: a label for each letter
+        return None
+    wrong = {rank: kept[labels[kept] != source.labels[kept]][:1000] for rank, labels in seen.items()}
+    rank = max(wrong, key=lambda rank: len(wrong[rank]))
+    return (source.train[wrong[rank]], seen[rank][wrong[rank]]) if len(wrong[rank]) else None
 
 
 def _labels(source: Images, wrong: Labels, rank: int, seed: int) -> Tensor:

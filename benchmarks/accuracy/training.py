@@ -55,7 +55,12 @@ def train(run: Run, task: Task, model: nn.Module, step: Callable[[int], Tensor |
             if not all(bool(p.isfinite().all()) for p in model.parameters()):
                 curve += [curve[-1]] * (run.steps // run.evaluate_every - len(curve))
                 break
-    return {**_accuracies(curve), **_shares(kept), "seconds": round(time.monotonic() - begun, 2)}
+    return {
+        **_accuracies(curve),
+        **_shares(kept),
+        **_learnt(model, task),
+        "seconds": round(time.monotonic() - begun, 2),
+    }
 
 
 def _accuracies(curve: Sequence[tuple[float, float, float]]) -> Record:
@@ -80,6 +85,17 @@ def _shares(kept: Sequence[Tensor]) -> Record:
         "kept_by_rank": [round(share, 4) for share in table.mean(0).tolist()],
         "counts": [round(count) for count in table.sum(1).tolist()],
     }
+
+
+def _learnt(model: nn.Module, task: Task) -> Record:
+    """Return what share of wrong labels the model has learnt, in %, where there are any."""
+    if task.mislabelled is None:
+        return {}
+    model.eval()
+    with torch.no_grad():
+        share = _percent(_right(model, *task.mislabelled))
+    model.train()
+    return {"wrong_learnt": share}
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ def _train_one(job: Job) -> tuple[Run, Record]:
     run, folder, counts = job
     task = build_task(run, folder)
     ranks = OneProcess(run, task, counts)
-    return run, train(run, task, ranks.model, ranks.step)
+    return run, train(run, task, ranks.model, ranks.step) | ranks.distances()
 
 
 def _on_real_ranks(runs: Sequence[Run], store: Store, folder: Path | None) -> Iterator[tuple[Run, Record]]:
