@@ -71,7 +71,7 @@ def _runs_at_hand(experiments: Sequence[Experiment]) -> list[Run]:
         return runs
     found = [run for run in runs if not peers.needed_by(run)]
     if len(found) < len(runs):
-        print(f"left out: {len(runs) - len(found)} runs of ByzFL's rules, which need: pip install byzfl")
+        print(f"left out: {len(runs) - len(found)} runs of others' rules, which need: pip install byzfl byzpy")
     return found
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from benchmarks.accuracy.declare import PAST, Experiment, Labels, Reference, Rule, Run
+from benchmarks.accuracy.peer_arms import clipping, krum, mixing, most, told
 from benchmarks.accuracy.rules import CONSENSUS
 
 Kind = Literal["averaging", "filter", "control", "other rule", "oracle"]
@@ -76,35 +77,6 @@ def _tuned_consensus(e: Experiment) -> list[Run]:
     return [replace(run, rule=Rule(CONSENSUS, 4096.0)) for run in _best_lr(e)]
 
 
-def _krum(e: Experiment) -> list[Run]:
-    """Return Krum's run, told how many ranks are bad (1 where none is); it needs three more than those."""
-    bad = max(len(e.bad), 1)
-    return _ruled("krum", lambda e: float(bad))(e) if len(e.base.ranks) >= bad + 3 else []
-
-
-def _mixing(bad: Callable[[Experiment], int]) -> Callable[[Experiment], list[Run]]:
-    """Return the run of ByzFL's mixing told of so many bad ranks; none where it allows no such number.
-
-    Told of none, it is averaging.
-    """
-
-    def runs(e: Experiment) -> list[Run]:
-        allowed = 0 < bad(e) < len(e.base.ranks) / 2
-        return [replace(e.base, rule=Rule("mixing", float(bad(e))))] if allowed else []
-
-    return runs
-
-
-def _clipping(e: Experiment) -> list[Run]:
-    return [replace(e.base, rule=Rule("clipping", radius)) for radius in (0.1, 1.0, 10.0)]
-
-
-def _most(e: Experiment) -> int:
-    """Return the largest number of bad ranks that mixing allows; 0 where an arm tells it the same."""
-    most = (len(e.base.ranks) - 1) // 2
-    return most if most > len(e.bad) + 1 else 0
-
-
 def _oracle(e: Experiment) -> list[Run]:
     if e.bad:
         good = tuple(rank for rank in e.base.ranks if rank not in e.bad)
@@ -135,12 +107,14 @@ _TODAY: dict[str, Arm] = {
     "sequential, best tau": Arm("SequentialAgreement (paper), best tau", "filter", _sequential),
     "sequential: random skips": Arm("… as many random skips", "control", _repeating_all("random skips", _sequential)),
     "upgrad": Arm("UPGrad (TorchJD)", "other rule", _ruled("upgrad", lambda e: None)),
-    "krum": Arm("Krum (TorchJD)", "other rule", _krum),
-    "mixing": Arm("mixing + multi-Krum (ByzFL), f right", "other rule", _mixing(lambda e: len(e.bad))),
-    "mixing less": Arm("mixing + multi-Krum, f one too small", "other rule", _mixing(lambda e: len(e.bad) - 1)),
-    "mixing more": Arm("mixing + multi-Krum, f one too large", "other rule", _mixing(lambda e: len(e.bad) + 1)),
-    "mixing most": Arm("mixing + multi-Krum, f as large as allowed", "other rule", _mixing(_most)),
-    "clipping": Arm("centred clipping (ByzFL), best radius", "other rule", _clipping),
+    "krum": Arm("Krum (TorchJD)", "other rule", krum),
+    "mixing": Arm("mixing + multi-Krum (ByzFL), f right", "other rule", mixing(lambda e: len(e.bad))),
+    "mixing less": Arm("mixing + multi-Krum, f one too small", "other rule", mixing(lambda e: len(e.bad) - 1)),
+    "mixing more": Arm("mixing + multi-Krum, f one too large", "other rule", mixing(lambda e: len(e.bad) + 1)),
+    "mixing most": Arm("mixing + multi-Krum, f as large as allowed", "other rule", mixing(most)),
+    "clipping": Arm("centred clipping (ByzFL), best radius", "other rule", clipping),
+    "smea": Arm("SMEA (ByzPy), f right", "other rule", told("smea")),
+    "caf": Arm("CAF (ByzPy), f right", "other rule", told("caf")),
     "oracle": Arm("oracle: no bad ranks or labels", "oracle", _oracle),
     **with_controls("consensus", Arm("consensus (`GAFState()`)", "filter", _ruled(CONSENSUS, lambda e: 4096.0))),
     "consensus 1024": Arm("consensus, sketches of 1024", "filter", _ruled(CONSENSUS, lambda e: 1024.0)),

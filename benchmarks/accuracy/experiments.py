@@ -7,6 +7,7 @@ from benchmarks.accuracy.declare import Experiment, Labels, Run
 from benchmarks.accuracy.on_digits import attack, broken, byzfl, classes, shift, tau, uniform
 from benchmarks.accuracy.on_held_out import held_out
 from benchmarks.accuracy.on_paper import paper
+from benchmarks.accuracy.on_peers import peers
 from benchmarks.accuracy.on_text import text
 
 
@@ -55,6 +56,7 @@ GROUPS: dict[str, str] = {
     "attack": "Attackers who know the rule and stay just within its reach: what do they cost?",
     "byzfl": "ByzFL's own attacks: are they left out?",
     "paper": "The paper's own data: CIFAR-100, with the labels of CIFAR-100N and with right ones",
+    "peers": "Beside other packages' strongest rules, which are told how many ranks are bad",
     "held_out": "A few held-out examples as a witness: honest minorities, bad majorities, and what careless use does",
 }
 
@@ -67,7 +69,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: _with_landed(experiment)
     for declare in (shift, broken, uniform, tau, classes, human, text, attack, byzfl)
     for experiment in declare()
-} | {experiment.name: experiment for experiment in (*held_out(), *paper())}
+} | {experiment.name: experiment for experiment in (*held_out(), *paper(), *peers())}
 
 
 def quick(experiment: Experiment) -> Experiment:

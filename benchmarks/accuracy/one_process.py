@@ -40,8 +40,7 @@ def way_of(run: Run, counts: Sequence[int]) -> Way:
     """Return how a run's gradients become one."""
     settings = settings_of(run, counts)
     if settings is None:
-        clips = run.rule.name == "clipping"
-        average = peers.clipping(run.rule.parameter or 1.0) if clips else lambda rows: rows.mean(0)
+        average = peers.average_of(run.rule.name, run.rule.parameter) or (lambda rows: rows.mean(0))
         return lambda rows: (average(rows), None)
     state = GAFState(**{"scope": "model", **settings})
     return OneStepLate(state, len(run.ranks)) if state._is_late else at_once(state)

@@ -1,14 +1,15 @@
-"""ByzFL's strongest rules and its attacks, as this benchmark calls them.
+"""The strongest rules of ByzFL and ByzPy, and ByzFL's attacks, as this benchmark calls them.
 
-The package is optional, `pip install "gaf-ddp[evidence]"`.
+The packages are optional, `pip install "gaf-ddp[evidence]"`.
 
-Its rules are told the number f of bad ranks, which nobody knows. Mixing is a weighting, and weights are what the
+Their rules are told the number f of bad ranks, which nobody knows. Mixing is a weighting, and weights are what the
 hook and the tables are told, so they are read off: every vector carries a small mark of its own, and the result
-shows how much of each there is. Clipping is no weighting: it sees the gradients themselves.
+shows how much of each there is. The others are no weightings: they see the gradients themselves.
 """
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,18 +17,19 @@ from torch import Tensor
 from benchmarks.accuracy.declare import Run
 from gaf_ddp.rules.weighting import present
 
-RULES = ("mixing", "clipping")
+Average = Callable[[Tensor], Tensor]  # from gradients (W, n) to (n,)
+RULES = ("mixing", "clipping", "smea", "caf")
 ATTACKS = ("SignFlipping", "InnerProductManipulation", "ALittleIsEnough", "Mimic", "Inf")
 _MARK = 1e-4  # in units of the longest vector; adds the same to all distances between two of them
 
 
 def at_hand() -> bool:
-    """Return whether ByzFL is installed."""
-    return find_spec("byzfl") is not None
+    """Return whether ByzFL and ByzPy are installed."""
+    return all(find_spec(package) for package in ("byzfl", "byzpy"))
 
 
 def needed_by(run: Run) -> bool:
-    """Return whether a run, or the run that it repeats, is of ByzFL's rules, or one of its attacks is on it."""
+    """Return whether a run, or the run that it repeats, is of their rules, or one of the attacks is on it."""
     rule = run.rule.like or run.rule
     return rule.name in RULES or (run.fault is not None and run.fault.kind in ATTACKS)
 
@@ -62,12 +64,47 @@ def mixing(bad: int) -> Callable[[Tensor], Tensor]:
     return weigh
 
 
-def clipping(radius: float) -> Callable[[Tensor], Tensor]:
-    """Return centred clipping of gradients `(W, n)`, around its last result: one round, as its authors train."""
+def average_of(name: str, parameter: float | None) -> Average | None:
+    """Return the rule of that name that sees gradients `(W, n)` themselves; None where there is none such."""
+    return AVERAGES[name](parameter) if name in AVERAGES and parameter is not None else None
+
+
+def clipping(radius: float) -> Average:
+    """Return ByzFL's centred clipping around its last result: one round, as its authors train."""
     from byzfl import CenteredClipping
 
-    aggregate: Callable[[Tensor], Tensor] = CenteredClipping(tau=radius)
+    aggregate: Average = CenteredClipping(tau=radius)
     return aggregate
+
+
+def smea(bad: float) -> Average:
+    """Return the mean of the W - f gradients with the smallest largest eigenvalue (ByzPy's SMEA)."""
+    from byzpy.aggregators.geometric_wise.smea import SMEA
+
+    return _of_finite(SMEA, int(bad))
+
+
+def caf(bad: float) -> Average:
+    """Return ByzPy's covariance-bound agnostic filter, which weighs down what makes the covariance large."""
+    from byzpy.aggregators.norm_wise.caf import CAF
+
+    return _of_finite(CAF, int(bad))
+
+
+def _of_finite(aggregator: Callable[[int], Any], bad: int) -> Average:
+    """Return a rule over the gradients that are finite; it is told at most as many bad ranks as those allow."""
+
+    def average(rows: Tensor) -> Tensor:
+        voters = [row for row in rows if bool(row.isfinite().all())]
+        if not voters:
+            return torch.zeros_like(rows[0])
+        result: Tensor = aggregator(min(bad, (len(voters) - 1) // 2)).aggregate(voters)
+        return result
+
+    return average
+
+
+AVERAGES: dict[str, Callable[[float], Average]] = {"clipping": clipping, "smea": smea, "caf": caf}
 
 
 def _vectors(gramian: Tensor) -> Tensor:

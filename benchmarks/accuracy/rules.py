@@ -1,7 +1,7 @@
 """How the ranks' gradients become one, by name: the package's filters, others' rules, and the random controls.
 
-A rule is what `GAFState` is told; centred clipping alone is none of it (`peers.py`). The controls repeat another
-run's acceptance: how many ranks it kept at each step, as a list of counts.
+A rule is what `GAFState` is told, but for rules of others that see the gradients themselves (`peers.py`). The
+controls repeat another run's acceptance: how many ranks it kept at each step, as a list of counts.
 """
 
 from collections.abc import Callable, Sequence
@@ -93,6 +93,6 @@ def settings_of(run: Run, counts: Sequence[int] = ()) -> Settings | None:
     """
     if run.rule.like is not None and len(counts) < run.steps:
         raise ValueError(f"counts must hold {run.steps} steps for {run.rule}, found {len(counts)}")
-    if run.rule.name in ("averaging", "clipping"):
+    if run.rule.name == "averaging" or run.rule.name in peers.AVERAGES:
         return None
     return RULES[run.rule.name](run.rule.parameter, run.seed, counts)

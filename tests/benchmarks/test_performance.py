@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import benchmarks
-from benchmarks import simulation
+from benchmarks import peers, simulation
 from benchmarks.cost import WORLD_SIZES, Constants, all_reduce, late, leaving, sketch, steps_of_a_ballot
 from benchmarks.late import verdict_of
 from benchmarks.measure import read_runs, write_json
@@ -118,6 +118,16 @@ def test_one_step_late_sends_a_share_and_ballots_beside_an_all_reduce(world: int
     assert steps_of_a_ballot(world, size) == steps
     more = late(world, size, FREE).bytes_sent - all_reduce(world, size, FREE).bytes_sent
     assert more == pytest.approx(2 * (world - 1) / world * 16 + 4 * 4096 * (world - 1) / steps)
+
+
+def test_what_is_timed_beside_peers_averages(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = torch.randn(8, 16_000)
+    for step in peers.ours(rows).values():
+        step()
+        step()  # a rank's own gradient is not used up
+    with pytest.raises(SystemExit):
+        peers.main(["--ranks", "6"])
+    assert "minority of --ranks, found 3 of 6" in capsys.readouterr().err
 
 
 def test_a_verdict_that_is_timed_keeps_everyone_every_time() -> None:
