@@ -96,7 +96,7 @@ class Breaking:
         assert self._host is not None
         host, switch = self._host
         if what == "slow":
-            _run(f"tc -n {host} qdisc add dev eth0 root tbf rate 1mbit burst 16kb latency 500ms")
+            _run(f"tc -n {host} qdisc add dev eth0 root tbf rate 100kbit burst 16kb latency 500ms")
             return
         link = f"ip -n {switch} link set port{VICTIM}"
         _run(f"{link} down")

@@ -67,7 +67,7 @@ class Fault(NamedTuple):
             "kill": f"killed {where}",
             "stop": f"stopped {lasting}",
             "cut": f"link cut {lasting}",
-            "slow": "1 Mbit/s on one host, 10 MB model",
+            "slow": "0.1 Mbit/s on one host, 10 MB model",
             "raise": f"backward raises, caught, {who}",
             "weighting raises": f"weighting raises {who}",
             "weighting is nan": f"weighting returns NaN {who}",
