@@ -22,7 +22,8 @@ TENTH = _Data("tenth of cifar100", "5,000 images, not augmented", 4_250, epochs=
 
 SKIPS = ("averaging", "best lr", "sequential, best tau", "sequential: random skips")
 FEW = ("averaging", "sequential, best tau")
-ONE_BAD = (*FEW, "consensus", "reference, 400", "mixing", "oracle")
+WITHOUT_CONTROLS = (*FEW, "consensus", "reference, 400")
+ONE_BAD = (*WITHOUT_CONTROLS, "mixing", "oracle")
 
 
 def paper() -> list[Experiment]:
@@ -36,11 +37,11 @@ def paper() -> list[Experiment]:
             WHOLE, 4, 25, HUMAN, (*SKIPS, "consensus", "reference, 400", "oracle"), 3,
         ),
         "human labels for 50 epochs, W=2, batch 50": (TENTH, 2, 50, HUMAN, (*SKIPS, "oracle"), 3),
-        "human labels on rank 0 of 4": (WHOLE, 4, 25, replace(HUMAN, ranks=(0,)), ONE_BAD, 3),
-        "human labels, W=2, batch 50": (WHOLE, 2, 50, HUMAN, (*SKIPS, "oracle"), 2),
-        "human labels, W=2, batch 10": (WHOLE, 2, 10, HUMAN, SKIPS, 1),
+        "human labels on rank 0 of 4": (WHOLE, 4, 25, replace(HUMAN, ranks=(0,)), WITHOUT_CONTROLS, 3),
+        "human labels, W=2, batch 50": (WHOLE, 2, 50, HUMAN, (*FEW, "sequential: random skips"), 1),
+        "human labels, W=2, batch 10": (WHOLE, 2, 10, HUMAN, (*FEW, "sequential: random skips"), 1),
         "right labels, W=2, batch 50": (WHOLE, 2, 50, Labels(), FEW, 1),
-        "right labels, W=4, batch 25": (WHOLE, 4, 25, Labels(), (*FEW, "consensus", "reference, 400"), 1),
+        "right labels, W=4, batch 25": (WHOLE, 4, 25, Labels(), WITHOUT_CONTROLS, 1),
         "human labels, W=8, batch 12": (WHOLE, 8, 12, HUMAN, (*FEW, "consensus"), 1),
     }  # fmt: skip
     return [

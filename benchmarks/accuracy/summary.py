@@ -26,7 +26,9 @@ class Number:
 class Row:
     """One arm of one experiment. final, best, stopped, few: test accuracy in %; kept, skipped: shares in %.
 
-    real: final accuracy on real DDP ranks, None where that was not trained.
+    real: final accuracy on real DDP ranks, None where that was not trained. learnt: share of wrong labels that the
+    model has learnt, in %; distances: mean cosine distance of two ranks' gradients in the first and in the last tenth
+    of the steps; None and () where records have none.
     """
 
     title: str
@@ -38,8 +40,11 @@ class Row:
     kept: Number
     skipped: Number
     real: Number | None
+    learnt: Number | None
+    distances: tuple[Number, ...]
 
 
+DISTANCES = ("distance_first", "distance_last")
 Table = dict[str, Row]  # by the arm's name
 Tables = list[tuple[Experiment, Table]]
 
@@ -82,6 +87,8 @@ def _row(experiment: Experiment, arm: str, runs: Sequence[Run], store: Store) ->
         **{name: _number([r[name] for r in records]) for name in ("final", "best", "stopped", "few")},
         **{name: _number([100 * r[name] for r in records]) for name in ("kept", "skipped")},
         real=_number(real) if real else None,
+        learnt=_number([r["wrong_learnt"] for r in records]) if all("wrong_learnt" in r for r in records) else None,
+        distances=tuple(_number([r[name] for r in records]) for name in DISTANCES if all(name in r for r in records)),
     )
 
 
