@@ -55,7 +55,7 @@ def mean(vectors: list[Tensor]) -> Outcome:
 
 
 def neighborhood(tau: float) -> Rule:
-    """Return the default rule: the gradient with the most others within tau, and those, averaged."""
+    """Return the rule of tau: the gradient with the most others within tau, and those, averaged."""
 
     def rule(vectors: list[Tensor]) -> Outcome:
         near = [[j for j, v in enumerate(vectors) if j == i or _close(u, v, tau)] for i, u in enumerate(vectors)]

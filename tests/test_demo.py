@@ -9,7 +9,7 @@ import pytest
 
 from gaf_ddp.demo import parse, points
 from gaf_ddp.monitor.absences import absences
-from gaf_ddp.monitor.logfile import read
+from gaf_ddp.monitor.log_reader import read
 from tests.launch.jobs import environment
 
 

@@ -97,7 +97,7 @@ def test_a_judge_that_is_saved_in_between_goes_on(history: list[Tensor], when: i
                 judge = Judge(3.0, MOMENTUM)
                 judge.load(content)
         outcomes.append(opinion)
-    assert outcomes[0].verdict is outcomes[1].verdict is None  # nobody has read held-out data
+    assert outcomes[0].by_held_out is outcomes[1].by_held_out is None  # nobody has read held-out data
     for one, other in zip(outcomes[0][:-1], outcomes[1][:-1], strict=True):
         assert torch.equal(one.double().nan_to_num(9), other.double().nan_to_num(9))
 

@@ -19,7 +19,7 @@ from benchmarks.accuracy.task import Task
 from benchmarks.accuracy.training import Record, build_network, build_optimizer
 from gaf_ddp import GAFState, combine, gram
 from gaf_ddp.rules.agreement import decide
-from gaf_ddp.rules.reference import TEMPERATURES
+from gaf_ddp.rules.held_out import TEMPERATURES
 
 # From gradients (W, N), overwritten, to their average (None: no step), and who was kept (None: no filter).
 Way = Callable[[Tensor], tuple[Tensor | None, Tensor | None]]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gaf_ddp.ballots.witness import Witness
+from gaf_ddp.rules.held_out import Evidence, Reading, ReferenceMemory
 from gaf_ddp.rules.memory import ConsensusMemory
-from gaf_ddp.rules.reference import Evidence, Reading, ReferenceMemory
 
 
 class Opinion(NamedTuple):
@@ -21,7 +21,7 @@ class Opinion(NamedTuple):
         flipped: bool `(V,)`, left out since its mirror image would be a member.
         gramian: `(V, V)` float64, inner products of the ballot's gradients, by their sketches.
         equal: bool `(V, V)`, whose gradients have been equal for ten steps in a row.
-        verdict: `(V,)` float64, `TRUSTED`, `CONDEMNED` or 0 by held-out data; None before the first of it.
+        by_held_out: `(V,)` float64, `TRUSTED`, `CONDEMNED` or 0 by held-out data; None before the first of it.
     """
 
     kept: Tensor
@@ -29,7 +29,7 @@ class Opinion(NamedTuple):
     flipped: Tensor
     gramian: Tensor
     equal: Tensor
-    verdict: Tensor | None
+    by_held_out: Tensor | None
 
 
 class Judge:
@@ -106,8 +106,8 @@ class Judge:
             self.kept = good
         on_host = self._momenta is None or self._momenta.device.type == "cpu"
         self._moves = found.moves if on_host else found.moves.pin_memory()
-        verdict = None if self._reference.evidence is None else self._reference.evidence.verdict
-        return Opinion(self.kept, found.z, found.flipped, gramian, found.equal, verdict)
+        by_held_out = None if self._reference.evidence is None else self._reference.evidence.verdict
+        return Opinion(self.kept, found.z, found.flipped, gramian, found.equal, by_held_out)
 
     @property
     def has_held_out(self) -> bool:

@@ -20,10 +20,10 @@ from torch import Tensor
 from gaf_ddp.alike import fingerprints, require_alike, require_one_replica, shared
 from gaf_ddp.ballots.ballot import Numbers, Told, affordable, read
 from gaf_ddp.ballots.count import Sent
-from gaf_ddp.ballots.held_out import Readings
 from gaf_ddp.ballots.opened import OpenBallot
 from gaf_ddp.ballots.places import Places
 from gaf_ddp.ballots.post import Post
+from gaf_ddp.ballots.readings import Readings
 from gaf_ddp.ballots.replica import Replica
 from gaf_ddp.ballots.share import Share
 from gaf_ddp.ballots.verdict import Verdict, draw, watch

@@ -10,8 +10,8 @@ from torch import Tensor
 from gaf_ddp.alike import as_text, shared
 from gaf_ddp.ballots.ballot import Told, pack
 from gaf_ddp.ballots.count import Counting, Sent
-from gaf_ddp.ballots.held_out import split
 from gaf_ddp.ballots.opened import OpenBallot
+from gaf_ddp.ballots.readings import split
 from gaf_ddp.ballots.replica import Added, Replica
 from gaf_ddp.ballots.voters import Voters
 from gaf_ddp.checks.sums import SumCheck

@@ -11,8 +11,8 @@ from gaf_ddp.ballots.ballot import Numbers
 from gaf_ddp.ballots.judge import Judge
 from gaf_ddp.ballots.voters import Voters
 from gaf_ddp.rules.agreement import Agreement, decide
+from gaf_ddp.rules.held_out import CONDEMNED, REACH, TRUSTED
 from gaf_ddp.rules.medians import upper_median
-from gaf_ddp.rules.reference import CONDEMNED, REACH, TRUSTED
 from gaf_ddp.rules.weighting import cosine
 
 
@@ -67,7 +67,7 @@ def draw(
     gramian = voters.spread(found.gramian)
     if steps == 1 and voters.are_ranks:
         gramian = as_long_as(gramian, total)
-    verdict = None if found.verdict is None else voters.spread(found.verdict)
+    by_held_out = None if found.by_held_out is None else voters.spread(found.by_held_out)
     agreement = Agreement(
         gramian=gramian,
         cosine=cosine(torch.where(present[:, None] & present[None, :], gramian, 0)),
@@ -80,8 +80,8 @@ def draw(
         distance=voters.spread(found.z),
         flipped=voters.spread(found.flipped),
         equal=voters.spread(found.equal),
-        trusted=None if verdict is None else verdict == TRUSTED,
-        condemned=None if verdict is None else verdict == CONDEMNED,
+        trusted=None if by_held_out is None else by_held_out == TRUSTED,
+        condemned=None if by_held_out is None else by_held_out == CONDEMNED,
         finished=numbers.finished != 0,
     )
     median = upper_median(norms, counting[:, None] & (norms > 0))

@@ -19,7 +19,7 @@ from gaf_ddp.exchange.sketched import SketchExchange
 from gaf_ddp.kernels.gram import gram
 from gaf_ddp.monitor.records import Decision
 from gaf_ddp.rules.agreement import decide
-from gaf_ddp.rules.reference import TEMPERATURES
+from gaf_ddp.rules.held_out import TEMPERATURES
 from gaf_ddp.runtime.backward import at_end_of_backward, number_of_backward
 from gaf_ddp.runtime.errors import named
 from gaf_ddp.settings import require

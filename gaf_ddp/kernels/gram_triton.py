@@ -1,6 +1,6 @@
-"""The filtering core in Triton, for accelerators: rows are read once. Decisions are in _triton_decision.py.
+"""The filtering core in Triton, for accelerators: rows are read once. Decisions are in decide_triton.py.
 
-Each function equals the plain-torch one of the same name in gramian.py, which stays the reference. Sums are
+Each function equals the plain-torch one of the same name in gram.py, which stays the reference. Sums are
 deterministic: no atomics, partial sums in a fixed order.
 """
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gaf_ddp.monitor.logfile import Record, edges
+from gaf_ddp.monitor.log_reader import Record, edges
 from gaf_ddp.monitor.report import over_medians
 
 OUT = 0.5  # a rank that is kept less often than this in a record is out

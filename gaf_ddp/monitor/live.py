@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gaf_ddp.monitor.log_reader import LogError, Record, read, title
 from gaf_ddp.monitor.log_sentences import sentences
-from gaf_ddp.monitor.logfile import LogError, Record, read, title
 from gaf_ddp.monitor.table import HEAD, rows
 
 SECONDS = 2.0  # between two looks at the file

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from gaf_ddp.given import require_state
+from gaf_ddp.monitor.log_targets import FORMAT, KEY, writing
 from gaf_ddp.monitor.report import Report
-from gaf_ddp.monitor.sinks import FORMAT, KEY, writing
 from gaf_ddp.monitor.totals import Sums, between, kept_shares, summary
 from gaf_ddp.rules.agreement import Agreement
 from gaf_ddp.settings import require

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from gaf_ddp.monitor.absences import Absence, absences
-from gaf_ddp.monitor.logfile import Record, name
+from gaf_ddp.monitor.log_reader import Record, name
 
 _NEXT = {
     "nonfinite": "numbers overflow there: look at the learning rate, the loss scale and the device.",

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from gaf_ddp.monitor.log_reader import Record, title
 from gaf_ddp.monitor.log_sentences import sentences
-from gaf_ddp.monitor.logfile import Record, title
 from gaf_ddp.monitor.table import HEAD, rows
 
 _STYLE = """

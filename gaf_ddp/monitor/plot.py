@@ -11,7 +11,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from gaf_ddp.monitor.absences import absences
-from gaf_ddp.monitor.logfile import Record, edges, name
+from gaf_ddp.monitor.log_reader import Record, edges, name
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 _FINE, _OUT, _LINE = "#0072B2", "#D55E00", "#e6e6e6"

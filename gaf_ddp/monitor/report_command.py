@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gaf_ddp.monitor import live, page
+from gaf_ddp.monitor.log_reader import LogError, Record, read, title
 from gaf_ddp.monitor.log_sentences import sentences
-from gaf_ddp.monitor.logfile import LogError, Record, read, title
 
 _KINDS = (".html", ".png", ".svg", ".pdf")
 

@@ -1,7 +1,7 @@
 """A table of the ranks as a log's last record has them, for the terminal and for the page."""
 
 from gaf_ddp.monitor.absences import OUT
-from gaf_ddp.monitor.logfile import Record
+from gaf_ddp.monitor.log_reader import Record
 
 HEAD = ("rank", "kept", "z", "out since", "trusted since", "condemned since", "host")
 _NONE = "-"

@@ -31,7 +31,8 @@ class ConsensusAgreement(Weighting):
 
     Does not depend on the order of the ranks, nor on the gradients' unit. One or two voters are kept, and of more
     some always are, so that no step is ever skipped. `GAFState()` judges by this rule, with a memory of the last
-    hundred steps (`rules/memory.py`); as a function of one Gramian it has none.
+    hundred steps: it takes the ratio from here, and `ballots/judge.py` decides, by `distances` below and
+    `rules/memory.py`. As a function of one Gramian the rule has no memory.
 
     Args:
         ratio: largest z of a kept rank, above 1. 2 to 4 do the same, 1.5 leaves out honest ranks.

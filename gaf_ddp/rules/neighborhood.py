@@ -1,4 +1,4 @@
-"""The default of the exact filter: the gradients near the one that has most others near it."""
+"""The rule of tau: the gradients near the one that has most others near it."""
 
 import math
 

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch.distributed.algorithms.join import Join
 
 from gaf_ddp import AgreementLog, GAFState, gaf_hook
+from gaf_ddp.monitor.log_reader import read
 from gaf_ddp.monitor.log_sentences import sentences
-from gaf_ddp.monitor.logfile import read
 from tests.nets import Probe, assert_replicas_equal, ddp
 
 Ranks = Callable[..., list[Any]]

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from gaf_ddp.monitor import live, report_command
-from gaf_ddp.monitor.logfile import LogError
+from gaf_ddp.monitor.log_reader import LogError
 from tests.launch.jobs import environment
 from tests.monitor.browser import look_at, needs_browser, pixels_of
 from tests.monitor.logs import job, record, write

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from gaf_ddp import GAFState, gaf_hook
 from gaf_ddp.monitor.log import AgreementLog
+from gaf_ddp.monitor.log_reader import read
 from gaf_ddp.monitor.log_sentences import sentences
-from gaf_ddp.monitor.logfile import read
 from gaf_ddp.runtime import device as devices
 from tests.monitor.decisions import end_step, made
 from tests.monitor.logged import FINE, SPOILT, records, take

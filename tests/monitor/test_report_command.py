@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gaf_ddp.monitor.logfile import LogError, read
+from gaf_ddp.monitor.log_reader import LogError, read
 from gaf_ddp.monitor.report_command import main
 from tests.monitor.logs import job, record, write
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gaf_ddp.ballots.witness import cosines_with
-from gaf_ddp.rules.reference import CONDEMNED, TRUSTED, Reading, ReferenceMemory
+from gaf_ddp.rules.held_out import CONDEMNED, TRUSTED, Reading, ReferenceMemory
 
 Cosines = list[list[float]]  # (2, V)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gaf_ddp.monitor.sinks import FORMAT, KEY
+from gaf_ddp.monitor.log_targets import FORMAT, KEY
 
 Record = dict[str, Any]
 _NAMES = {"step", "time", "decisions", "ratio", "ranks", "gaf/skipped_fraction"}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gaf_ddp.ballots.ballot import Numbers
 from gaf_ddp.engines.apart import Loss, gradient_of
-from gaf_ddp.rules.reference import TEMPERATURES
+from gaf_ddp.rules.held_out import TEMPERATURES
 
 _logger = logging.getLogger(__name__)
 

@@ -138,7 +138,7 @@ def test_what_is_remembered_can_be_saved(has_references: bool) -> None:
     second.judge.load(saved)
     for rows, share in zip(gradients[70:], shares[70:], strict=True):
         found = second.step(rows, 1, share)
-    assert (found.verdict is not None) == has_references
+    assert (found.by_held_out is not None) == has_references
     for name, value in expected._asdict().items():
         if value is not None:
             assert torch.equal(getattr(found, name).nan_to_num(), value.nan_to_num()), name
@@ -152,7 +152,7 @@ def test_another_world_size_begins_anew_and_nonsense_is_refused() -> None:
     expected = ByJudge(3).step(training(3, 1)[0])
     pairs = zip(found[:-1], expected[:-1], strict=True)  # without held-out data there is no verdict by it
     assert all(torch.equal(left, right) for left, right in pairs if left is not None and right is not None)
-    assert found.verdict is expected.verdict is None
+    assert found.by_held_out is expected.by_held_out is None
     before = judge.dump()
     with pytest.raises(ValueError, match="memory"):
         judge.load(b"nonsense")
