@@ -22,6 +22,7 @@ from gaf_ddp.kernels.scale import correct
 from gaf_ddp.runtime.errors import named
 from gaf_ddp.settings import require
 from gaf_ddp.state import GAFState
+from gaf_ddp.way import Way
 
 _WHOLE = ()  # the key of the one bucket that they all are
 
@@ -66,7 +67,7 @@ def filter_average(tensors: Iterable[Tensor], state: GAFState, process_group: di
         way.average(_required(found))
 
 
-class _Rounds:
+class _Rounds(Way):
     """The way of tensors that are averaged now."""
 
     def __init__(self, state: GAFState, group: dist.ProcessGroup, tensors: Sequence[Tensor]) -> None:
@@ -102,9 +103,6 @@ class _Rounds:
     def read(self, loss: object) -> None:
         """Refuse held-out data: what is averaged is no gradient."""
         raise RuntimeError("reference is for models: filter_average has none to read with")
-
-    def draw(self) -> None:
-        """Nothing is on its way between rounds."""
 
     def recall(self) -> None:
         """Begin with what the judge remembers."""

@@ -30,9 +30,10 @@ def connect(state: GAFState, bucket: Any) -> LateFilter | Pipeline:
     """
     group = or_default(state.process_group)
     parameters = bucket.parameters()
-    way: LateFilter | Pipeline | None = state._way
+    way = state._way
     if way is not None and state._model is None:
         raise ValueError("state must be of this model, found one that filters another: make a GAFState for each model")
+    assert way is None or isinstance(way, (LateFilter, Pipeline))
     if way is None or way.group is not group:
         state._model = Model(parameters)
         state._model.require_group(group)
@@ -87,9 +88,10 @@ def _make(state: GAFState, bucket: Any, group: dist.ProcessGroup) -> LateFilter 
     device, parameters = bucket.buffer().device, state._model.parameters_or(bucket.parameters())
     tensor_group = tensor_group_of(parameters)  # whatever DDP's parameters are spread over
     require_replica(state.replica_group, tensor_group)
-    if state._is_late:
-        state._way = LateFilter(state, group, device, tensor_group=tensor_group)
-    else:
-        state._way = Pipeline(state, group, device)
-    way: LateFilter | Pipeline = state._way
+    way: LateFilter | Pipeline = (
+        LateFilter(state, group, device, tensor_group=tensor_group)
+        if state._is_late
+        else Pipeline(state, group, device)
+    )
+    state._way = way
     return way

@@ -27,7 +27,7 @@ def from_dict(state: "GAFState", saved: dict[str, Any]) -> None:
         judge.load(memory)
     state._records.statistics.load_state_dict(saved)
     state.step, state._judge = saved["step"], judge
-    if hasattr(state._way, "recall"):
+    if state._way is not None:
         state._way.recall()
 
 

@@ -13,6 +13,7 @@ from gaf_ddp.monitor.report import Report
 from gaf_ddp.rules.agreement import Agreement
 from gaf_ddp.saving import from_dict, to_dict
 from gaf_ddp.settings import Settings, require
+from gaf_ddp.way import Way
 
 
 class GAFState(Settings):
@@ -78,7 +79,7 @@ class GAFState(Settings):
         self._records = Records()
         self._judge = self._new_judge()
         self._awaits_hook = False  # attached, and no step since
-        self._way: Any = None  # what buckets go through,
+        self._way: Way | None = None  # what gradients go through,
         self._model: Any = None  # and whose they are: `connect` makes both
 
     @property
@@ -161,9 +162,7 @@ class GAFState(Settings):
 
     def advance(self) -> None:
         """End a step of `filter_parameters`, a collective; RuntimeError if the state filters no parameters."""
-        if not hasattr(self._way, "advance"):
-            raise RuntimeError("advance() is for filter_parameters: other ways know by themselves when a step ends")
-        self._way.advance()
+        (self._way or Way()).advance()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what training needs to go on, at a host sync: step, statistics, the consensus rule's memory.
@@ -190,7 +189,7 @@ class GAFState(Settings):
 
     def _catch_up(self) -> None:
         """Read what is still on its way from the other ranks or from the device."""
-        if hasattr(self._way, "draw"):
+        if self._way is not None:
             self._way.draw()
         self._records.read(self.max_consecutive_skips)
 

@@ -303,3 +303,8 @@ def test_what_is_assigned_is_checked() -> None:
 def test_a_state_without_a_group_says_so() -> None:
     with pytest.raises(ValueError, match="process_group is None and there is no default group: call init_pro"):
         connect(GAFState(), None)
+
+
+def test_a_state_that_filters_no_parameters_has_no_step_to_advance() -> None:
+    with pytest.raises(RuntimeError, match="other ways know by themselves when a step ends"):
+        GAFState().advance()

@@ -6,8 +6,7 @@
     late.end()                                        after the last bucket: the ballot
 
 `weigh` is `ballot.fold` and `share.scale`, which engines that show a gradient in parts call themselves. All collectives
-start in the hook, in the buckets' order, on the group that gradients are averaged over. Accelerators count ballots on a
-side stream. The host waits for the last ballots alone.
+are the hook's, in the buckets' order, on the gradients' own group. Accelerators count ballots on a side stream.
 """
 
 from collections.abc import Sequence
@@ -34,12 +33,13 @@ from gaf_ddp.kernels.fold import Spans, fold
 from gaf_ddp.monitor.records import Decision
 from gaf_ddp.runtime.backward import number_of_backward
 from gaf_ddp.runtime.errors import named
+from gaf_ddp.way import Way
 
 if TYPE_CHECKING:
     from gaf_ddp.state import GAFState
 
 
-class LateFilter:
+class LateFilter(Way):
     """Scales a rank's gradients by the last verdict, and votes for the next one.
 
     Args:

@@ -23,12 +23,13 @@ from gaf_ddp.rules.held_out import TEMPERATURES
 from gaf_ddp.runtime.backward import at_end_of_backward, number_of_backward
 from gaf_ddp.runtime.errors import named
 from gaf_ddp.settings import require
+from gaf_ddp.way import Way
 
 if TYPE_CHECKING:
     from gaf_ddp.state import GAFState
 
 
-class OneStepLate:
+class OneStepLate(Way):
     """Scale a unit's gradient, and judge the whole model's a step later."""
 
     def __init__(
@@ -130,7 +131,7 @@ class OneStepLate:
                 self._late.end()
 
 
-class AtOnce:
+class AtOnce(Way):
     """Judge each unit by itself, exactly, as its gradient comes."""
 
     def __init__(self, state: "GAFState", units: list[Unit], group: dist.ProcessGroup) -> None:

@@ -28,6 +28,7 @@ from gaf_ddp.runtime.errors import named
 from gaf_ddp.settings import require
 from gaf_ddp.skip import unwrapped
 from gaf_ddp.state import GAFState
+from gaf_ddp.way import Way
 
 _WHOLE = ()  # the key of the one bucket that a step's gradient is
 
@@ -110,7 +111,7 @@ def filter_parameters(
     return undo
 
 
-class _Parameters:
+class _Parameters(Way):
     """The way of gradients that hooks see."""
 
     def __init__(self, parameters: list[Tensor], state: GAFState, group: dist.ProcessGroup) -> None:

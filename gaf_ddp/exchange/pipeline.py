@@ -21,6 +21,7 @@ from gaf_ddp.rules.agreement import decide
 from gaf_ddp.runtime.backward import at_end_of_backward
 from gaf_ddp.runtime.device import on_host
 from gaf_ddp.runtime.errors import named
+from gaf_ddp.way import Way
 
 if TYPE_CHECKING:
     from gaf_ddp.state import GAFState
@@ -41,7 +42,7 @@ class Arrival(NamedTuple):
     future: Future[Tensor]  # of the buffer
 
 
-class Pipeline:
+class Pipeline(Way):
     """The way of one model's buckets, from the first one on.
 
     What is sent is sent in the buckets' order, on DDP's own group, whose own collectives come before a step's first

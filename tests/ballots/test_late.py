@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gaf_ddp import ConsensusAgreement, GAFState, gaf_hook
+from gaf_ddp.ballots.late import LateFilter
 from tests.ballots.training import SIZES, TINY, N, averaged, both, train
 from tests.gradients import agreeing_gradients
 from tests.nets import Probe, assert_replicas_equal, ddp, flat_gradients
@@ -67,6 +68,7 @@ def force_unlike_verdicts(state: GAFState, step: int) -> None:
     if step == 2:
         late, rank = state._way, dist.get_rank()
         state._catch_up()
+        assert isinstance(late, LateFilter)
         late.share.set(torch.tensor([True, rank != 1, rank == 0, True]))
 
 

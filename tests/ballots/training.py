@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from gaf_ddp import GAFState, gaf_hook
+from gaf_ddp.ballots.late import LateFilter
 from tests.nets import Probe, assert_replicas_equal, ddp, flat_gradients
 
 SIZES = [300, 11, 200]
@@ -57,6 +58,7 @@ def train(
         else:
             assert agreement.distance is not None
             seen.append((filtered, agreement.kept, agreement.distance))
+        assert isinstance(state._way, LateFilter)
         sizes = {id(parameter): str(parameter.numel()) for parameter in probe.parts}
         limits.append(
             {"+".join(sizes[i] for i in key): each[0].item() for key, each in state._way.share.limits._on_host.items()}

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gaf_ddp import GAFState, filter_parameters, gaf_hook
+from gaf_ddp.engines.parameters import _Parameters
 from tests.engines.engines import assert_filtered, by_hand
 from tests.gradients import agreeing_gradients
 from tests.nets import Probe, ddp, flat_gradients, mlp, world
@@ -182,13 +183,14 @@ def orders(device: torch.device) -> None:
     for step in range(3):
         for _ in range(2):
             model(torch.randn(4, 12, generator=torch.Generator().manual_seed(step))).sum().backward()
+        assert isinstance(state._way, _Parameters)
         sketches.append(state._way._late.ballot.sketch.clone())
         state.advance()
     assert state.step == 3
     assert state.agreement is not None
     assert state.agreement.kept.all()
     whole = torch.cat([torch.zeros(0) if p.grad is None else p.grad.flatten() for p in model.parameters()])
-    norm = sum(sketches).double().norm()
+    norm = torch.stack(sketches).sum(0).double().norm()
     assert abs(norm / whole.double().norm() - 1) < 0.1
 
 
