@@ -23,7 +23,7 @@ TENTH = _Data("tenth of cifar100", "5,000 images, not augmented", 4_250, epochs=
 SKIPS = ("averaging", "best lr", "sequential, best tau", "sequential: random skips")
 FEW = ("averaging", "sequential, best tau")
 WITHOUT_CONTROLS = (*FEW, "consensus", "reference, 400")
-ONE_BAD = (*WITHOUT_CONTROLS, "mixing", "oracle")
+ONE_BAD = (*WITHOUT_CONTROLS, "best lr", "consensus: random members", "mixing", "oracle")
 
 
 def paper() -> list[Experiment]:
