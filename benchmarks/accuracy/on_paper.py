@@ -22,6 +22,7 @@ TENTH = _Data("tenth of cifar100", "5,000 images, not augmented", 4_250, epochs=
 
 SKIPS = ("averaging", "best lr", "sequential, best tau", "sequential: random skips")
 FEW = ("averaging", "sequential, best tau")
+SKIPPING = (*FEW, "sequential: random skips")
 WITHOUT_CONTROLS = (*FEW, "consensus", "reference, 400")
 ONE_BAD = (*WITHOUT_CONTROLS, "best lr", "consensus: random members", "mixing", "oracle")
 
@@ -38,8 +39,8 @@ def paper() -> list[Experiment]:
         ),
         "human labels for 50 epochs, W=2, batch 50": (TENTH, 2, 50, HUMAN, (*SKIPS, "oracle"), 3),
         "human labels on rank 0 of 4": (WHOLE, 4, 25, replace(HUMAN, ranks=(0,)), WITHOUT_CONTROLS, 3),
-        "human labels, W=2, batch 50": (WHOLE, 2, 50, HUMAN, (*FEW, "sequential: random skips"), 1),
-        "human labels for 20 epochs, W=2, batch 10": (replace(TENTH, epochs=20), 2, 10, HUMAN, FEW, 3),
+        "human labels, W=2, batch 50": (WHOLE, 2, 50, HUMAN, SKIPPING, 1),
+        "human labels for 20 epochs, W=2, batch 10": (replace(TENTH, epochs=20), 2, 10, HUMAN, SKIPPING, 3),
         "right labels, W=2, batch 50": (WHOLE, 2, 50, Labels(), FEW, 1),
         "right labels, W=4, batch 25": (WHOLE, 4, 25, Labels(), WITHOUT_CONTROLS, 1),
         "human labels, W=8, batch 12": (WHOLE, 8, 12, HUMAN, (*FEW, "consensus"), 1),
