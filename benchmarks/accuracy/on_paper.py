@@ -23,7 +23,7 @@ TENTH = _Data("tenth of cifar100", "5,000 images, not augmented", 4_250, epochs=
 SKIPS = ("averaging", "best lr", "sequential, best tau", "sequential: random skips")
 FEW = ("averaging", "sequential, best tau")
 SKIPPING = (*FEW, "sequential: random skips")
-WITHOUT_CONTROLS = (*FEW, "consensus", "reference, 400")
+WITHOUT_CONTROLS = (*FEW, "consensus", "reference of 400")
 ONE_BAD = (*WITHOUT_CONTROLS, "best lr", "consensus: random members", "mixing", "oracle")
 
 
@@ -35,7 +35,7 @@ def paper() -> list[Experiment]:
     told = {
         "wrong label map on rank 0 of 4": (WHOLE, 4, 25, Labels("shift", (0,)), ONE_BAD, 3),
         "human labels, W=4, batch 25": (
-            WHOLE, 4, 25, HUMAN, (*SKIPS, "consensus", "reference, 400", "oracle"), 3,
+            WHOLE, 4, 25, HUMAN, (*SKIPS, "consensus", "reference of 400", "oracle"), 3,
         ),
         "human labels for 50 epochs, W=2, batch 50": (TENTH, 2, 50, HUMAN, (*SKIPS, "oracle"), 3),
         "human labels on rank 0 of 4": (WHOLE, 4, 25, replace(HUMAN, ranks=(0,)), WITHOUT_CONTROLS, 3),

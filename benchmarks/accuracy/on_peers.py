@@ -1,4 +1,4 @@
-"""Digits beside the strongest rules of other packages, on the same draws, all of one day and one code."""
+"""Digits beside the strongest rules of other packages, on the same draws."""
 
 from dataclasses import replace
 
