@@ -98,6 +98,7 @@ class Run:
     ranks: who takes part, as ranks of a world that large (the oracle leaves some out).
     engine: `"one process"` computes the ranks one after the other; `"ddp"` starts one process for each.
     augment: whether training images are shifted by up to four pixels, and half of them turned left to right.
+    balanced: whether each batch has as many images of every class, by the labels that its rank sees.
     """
 
     data: str
@@ -115,6 +116,7 @@ class Run:
     optimizer: Literal["sgd", "adam"] = "sgd"
     engine: Literal["one process", "ddp"] = "one process"
     augment: bool = False
+    balanced: bool = False
 
     @property
     def key(self) -> str:

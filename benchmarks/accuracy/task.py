@@ -60,7 +60,7 @@ def build_task(run: Run, folder: Path | None) -> Task:
     return Task(
         source.train,
         [seen[rank] for rank in run.ranks],
-        [_draws(run, rank, kept, source.groups) for rank in run.ranks],
+        [_draws(run, rank, kept, source.groups, seen[rank]) for rank in run.ranks],
         (source.train[held], answers),
         (source.test, source.test_labels),
         _seen_by_few(run.labels, source.test_groups),
@@ -130,12 +130,17 @@ def _labels(source: Images, wrong: Labels, rank: int, seed: int) -> Tensor:
     return source.human[wrong.column]
 
 
-def _draws(run: Run, rank: int, kept: Tensor, groups: Tensor) -> Tensor:
+def _draws(run: Run, rank: int, kept: Tensor, groups: Tensor, labels: Tensor) -> Tensor:
     """Return indices (steps, batch), drawn with replacement from what this rank may see."""
     if run.labels.kind == "own classes":
         kept = kept[torch.isin(groups[kept], torch.tensor(run.labels.classes[rank]))]
     random = torch.Generator().manual_seed(1_000_003 * run.seed + rank)
-    return kept[torch.randint(len(kept), (run.steps, run.batch), generator=random)]
+    seen = labels[kept]
+    parts = [kept[seen == label] for label in seen.unique()] if run.balanced else [kept]
+    if run.batch % len(parts):
+        raise ValueError(f"batch of a balanced run must be a multiple of its {len(parts)} classes, found {run.batch}")
+    size = (run.steps, run.batch // len(parts))
+    return torch.cat([part[torch.randint(len(part), size, generator=random)] for part in parts], 1)
 
 
 def _seen_by_few(wrong: Labels, groups: Tensor) -> Tensor:

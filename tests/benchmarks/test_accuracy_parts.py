@@ -46,6 +46,18 @@ def test_validation_is_never_drawn() -> None:
     assert not torch.isin(drawn, order[: len(task.validation[1])]).any()
 
 
+def test_a_balanced_batch_has_as_many_images_of_every_class_as_its_rank_sees_them() -> None:
+    run = replace(RUN, batch=20, labels=Labels("shift", (1,)), balanced=True)
+    task = build_task(run, None)
+    drawn = [labels[draws] for labels, draws in zip(task.labels, task.draws, strict=True)]
+    assert all((torch.stack([(each == c).sum(1) for c in range(10)]) == 2).all() for each in drawn)
+    assert not torch.equal(task.draws[0], task.draws[1])
+    kept = torch.randperm(len(task.labels[0]), generator=torch.Generator().manual_seed(0))[len(task.validation[1]) :]
+    assert torch.isin(torch.cat([d.flatten() for d in task.draws]), kept).all()
+    with pytest.raises(ValueError, match="multiple of its 10 classes, found 25"):
+        build_task(replace(run, batch=25), None)
+
+
 def test_uniform_noise_is_the_same_on_every_rank() -> None:
     task = build_task(replace(RUN, labels=Labels("uniform", share=0.4)), None)
     clean = build_task(RUN, None).labels[0]
