@@ -88,14 +88,16 @@ def require_assignable(held: Mapping[str, Any], name: str, value: object) -> Non
         raise AttributeError(f"{name} cannot be assigned where the consensus rule judges: make a new GAFState")
 
 
-def resolve(ratio: float | None, scope: str | None, exchange: str, voters: str) -> tuple[str, str]:
+def resolve(ratio: float | None, scope: str | None, exchange: str, voters: str, momentum: float) -> tuple[str, str]:
     """Return scope and exchange where they were left open; raise ValueError for settings that exclude each other.
 
     The consensus rule (ratio is None for others) judges a step's whole gradient by sketches, one step late. Only it
-    has voters of several ranks.
+    has voters of several ranks, and a memory.
     """
     if ratio is None:
-        require(voters == "rank", "voters='host' is for the consensus rule: tau and weighting must be None", voters)
+        rule = "is for the consensus rule: tau and weighting must be None"
+        require(voters == "rank", f"voters='host' {rule}", voters)
+        require(momentum == MOMENTUM, f"momentum {rule}", momentum)
         return scope or "bucket", exchange
     rule = "is for tau and weighting: the consensus rule judges the whole gradient by sketches, one step late"
     require(scope in (None, "model"), f"scope {rule}", scope)
@@ -147,7 +149,7 @@ class Settings:
         self.process_group, self.replica_group = process_group, replica_group
         self.tau = tau if tau is None or callable(tau) else require_tau(tau)
         self.weighting = weighting
-        self.scope, self.exchange = resolve(self._ratio, scope, exchange, voters)
+        self.scope, self.exchange = resolve(self._ratio, scope, exchange, voters, momentum)
         require_for_replicas(replica_group, self._ratio, voters)
         self.start_step, self.wire_dtype = start_step, wire_dtype
         self.max_norm_ratio = None if max_norm_ratio is None else float(max_norm_ratio)

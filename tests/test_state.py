@@ -75,6 +75,7 @@ class TestSettings:
             ({"judge_every": 1.0}, "judge_every must be None or an integer >= 1, found 1.0"),
             ({"voters": "node"}, "voters must be 'rank' or 'host', found 'node'"),
             ({"voters": "host", "tau": 1.0}, "voters='host' is for the consensus rule.*, found 'host'"),
+            ({"momentum": 0.9, "tau": 1.0}, "momentum is for the consensus rule: tau and weighting.*, found 0.9"),
             ({"max_norm_ratio": True}, "max_norm_ratio must be None or a number >= 1, found True"),
         ],
         ids=lambda value: str(value) if isinstance(value, dict) else "",
