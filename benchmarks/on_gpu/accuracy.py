@@ -1,4 +1,4 @@
-"""Stage 6: the paper's set-up, micro-batches in one process, the filter beside plain averaging."""
+"""Stage 6: the paper's set-up, micro-batches in one process: averaging, the filter, and as many random skips."""
 
 import math
 import time
@@ -45,9 +45,12 @@ class Arm:
     """One network that learns, from its own labels and by its own way.
 
     micro: micro-batches of a step. filtered: whether `MicrobatchFilter` averages them.
+    like: the arm that skips as large a share of the steps, for a control that draws which.
     """
 
-    def __init__(self, train: Part, classes: int, scale: Scale, micro: int, filtered: bool) -> None:
+    def __init__(
+        self, train: Part, classes: int, scale: Scale, micro: int, filtered: bool, like: "Arm | None" = None
+    ) -> None:
         torch.manual_seed(0)
         network = build_model(scale.model, (3, 32, 32), classes).to(train.images.device)
         self.model = network.to(memory_format=torch.channels_last)
@@ -56,7 +59,13 @@ class Arm:
             self.model.parameters(), LR, momentum=0.9, weight_decay=WEIGHT_DECAY, nesterov=True
         )
         self.filter = MicrobatchFilter(self.model.parameters(), TAU) if filtered else None
+        self.like, self._random = like, torch.Generator().manual_seed(1)
         self.steps = self.skipped = 0
+
+    @property
+    def share(self) -> float:
+        """The share of steps skipped so far."""
+        return self.skipped / max(self.steps, 1)
 
     @property
     def steps_of_an_epoch(self) -> int:
@@ -81,12 +90,18 @@ class Arm:
             else:
                 loss.backward()
                 self.filter.accumulate()
-        agreed = self.filter is None or self.filter.finish()
+        agreed = self._agrees()
         if agreed:
             self.optimizer.step()
         self.optimizer.zero_grad()
         self.steps += 1
         self.skipped += not agreed
+
+    def _agrees(self) -> bool:
+        """Return whether a step is taken."""
+        if self.like is not None:
+            return float(torch.rand((), generator=self._random)) >= self.like.share
+        return self.filter is None or self.filter.finish()
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(images.device.type, torch.bfloat16):
@@ -130,8 +145,8 @@ def run(job: Job) -> None:
     job.rows.note(f"{len(images.labels)} training images, read in {time.monotonic() - begun:.0f} s.")
     epochs = 1 if job.rehearse else planned(images, scale, job, test)
     job.rows.note(
-        f"Micro-batches of {scale.batch} images, tau {TAU}, SGD with a learning rate of {LR} over {epochs} epochs, one "
-        "seed. Beside an accuracy: the share of steps in which the micro-batches did not agree, which are left out."
+        f"Micro-batches of {scale.batch} images, tau {TAU}, SGD, learning rate {LR}, epochs: {epochs}, one seed. "
+        "Beside an accuracy: the share of steps that were left out, by the filter or at random."
     )
     took = 0.0
     for number in range(epochs):
@@ -148,12 +163,12 @@ def arms_of(images: Images, scale: Scale, job: Job) -> tuple[dict[str, Arm], Par
     device = job.device
     train, test = (each.to(device, memory_format=torch.channels_last) for each in (images.train, images.test))
     parts = {name: Part(train, images.human[column].to(device)) for name, column in LABELS.items()}
-    arms = {
-        f"{name}, {micro} {'filtered' if filtered else 'averaged'}": Arm(
-            parts[name], images.classes, scale, micro, filtered
-        )
-        for micro, name, filtered in product(job.micro_batches, LABELS, (False, True))
-    }
+    arms: dict[str, Arm] = {}
+    for micro, name in product(job.micro_batches, LABELS):
+        given = parts[name], images.classes, scale, micro
+        found = {"averaged": Arm(*given, filtered=False), "filtered": Arm(*given, filtered=True)}
+        found["skipped at random"] = Arm(*given, filtered=False, like=found["filtered"])
+        arms |= {f"{name}, {micro} {way}": arm for way, arm in found.items()}
     return arms, Part(test, images.test_labels.to(device))
 
 
@@ -178,7 +193,7 @@ def one_epoch(arms: dict[str, Arm], number: int, epochs: int, test: Part) -> Row
     for name, arm in arms.items():
         begun = time.monotonic()
         arm.epoch(number, epochs)
-        skipped = "" if arm.filter is None else f" (skipped {arm.skipped / max(arm.steps, 1):.0%})"
+        skipped = f" (skipped {arm.share:.0%})" if arm.skipped else ""
         row[name] = f"{arm.accuracy(test):.2f}{skipped}"
         row[f"{name}: s"] = time.monotonic() - begun
     return row

@@ -89,7 +89,8 @@ STAGES = (
         "accuracy",
         "The paper's set-up on CIFAR-100",
         "Micro-batches in one process, ResNet-18 in bf16: `MicrobatchFilter` beside plain averaging of the same "
-        "draws, with right labels and with human ones of which 40 % are wrong. Test accuracy in % after each epoch.",
+        "draws and as many steps skipped at random, with right labels and with human ones of which 40 % are wrong. "
+        "Test accuracy in % after each epoch.",
         "accuracy",
         0.16,
         {"cifar100": 1},
