@@ -26,6 +26,7 @@ from gaf_ddp.ballots.late import LateFilter
 from gaf_ddp.connect import connect
 from gaf_ddp.kernels.scale import correct
 from gaf_ddp.runtime.backward import at_end_of_backward
+from gaf_ddp.runtime.device import beside_backward
 from gaf_ddp.runtime.errors import named
 from gaf_ddp.state import GAFState
 
@@ -54,7 +55,8 @@ def gaf_hook(
 
     Returns:
         A future of the bucket's buffer. An error of this rank comes out of its `backward()`. The other ranks, which
-        miss it then, raise an error that names the step and the bucket.
+        miss it then, raise an error that names the step and the bucket; on NCCL its watchdog ends them, after the
+        group's time-out.
 
     Raises:
         TypeError: state is no GAFState, bucket is no GradBucket, or holds a sparse gradient.
@@ -78,12 +80,12 @@ def _late(state: GAFState, late: LateFilter, bucket: Any) -> Future[Tensor]:
     share, spans = late.weigh(buffer, bucket.parameters())
     sent = buffer if late.wire_dtype is None else buffer.to(late.wire_dtype)
     sums = [dist.all_reduce(each, group=late.group, async_op=True) for each in (sent, share)]
+    with beside_backward(buffer.device):  # NCCL's newer back end makes the current stream wait for the sums here
+        futures = [work.get_future() for work in sums]
     check = late.checks.sums  # read before the step ends, which begins another
     where = f"step {state.step}, bucket {bucket.index()} (has a rank ended? if not, are all loaders of one length?)"
     if bucket.is_last():
         late.end()
-
-    futures = [work.get_future() for work in sums]
 
     def corrected(added: Future[Any]) -> Tensor:
         with named(where):

@@ -39,7 +39,8 @@ class GAFState(Settings):
             under FSDP2.
         replica_group: the ranks that hold the rest of this replica's model: tensor parallel, pipeline. A replica has
             one vote and one verdict, two steps late. `check_every` compares parameters alone then. Each stage of a
-            pipeline checks its own part of the gradient for norms that are too large, NaN and infinity.
+            pipeline checks its own part of the gradient for norms that are too large, NaN and infinity. A group that
+            nothing else uses, and that has been used once: see `attach(mesh=…)`, which makes one.
 
     For tau and weighting:
         scope: `"bucket"` (None), one decision per DDP bucket; `"model"`, one per step on the whole gradient, as the

@@ -13,7 +13,7 @@ _METHODS = {
     getattr(Tensor, name)
     for name in (
         "tolist", "item", "cpu", "numpy", "nonzero", "equal", "allclose", "masked_select", "unique",
-        "is_nonzero", "__bool__", "__int__", "__float__", "__index__", "__contains__",
+        "is_nonzero", "__repr__", "__bool__", "__int__", "__float__", "__index__", "__contains__",
     )
 } | {torch.nonzero, torch.equal, torch.allclose, torch.masked_select, torch.unique, torch.is_nonzero}  # fmt: skip
 # What that becomes, for calls from inside torch.

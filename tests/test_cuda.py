@@ -116,11 +116,12 @@ def _correct_behind_a_busy_group(device: torch.device) -> tuple[list[bool], bool
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
         torch.cuda._sleep(2_000_000_000)  # about a second
-        dist.all_reduce(busy)  # what is added up next comes behind it
+        work = dist.all_reduce(busy, async_op=True)  # the group's stream waits, and what is added up next behind it
     loss.backward()
     behind = torch.cuda.Event()
     behind.record()
     early = [event.query() for event in (*events, behind)]
+    work.wait()
     torch.cuda.synchronize()
     return early[:-1], early[-1]
 

@@ -27,6 +27,7 @@ from tests.syncs import HostSyncs
         lambda x: x.index_put_((x > 0,), torch.tensor(0)),
         lambda x: x.masked_select(x > 0),
         lambda x: 0 if x.any() else 1,
+        repr,
     ],
 )
 def test_whatever_waits_is_counted_once(wait: Callable[[Tensor], Any]) -> None:

@@ -1,7 +1,6 @@
 """Counting ballots: behind the gather on accelerators, and from there to the host, which reads them a step later."""
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from gaf_ddp.ballots.ballot import unpack
 from gaf_ddp.ballots.places import Key
 from gaf_ddp.checks.sums import SumCheck
+from gaf_ddp.runtime.device import beside_backward, read_here, side_stream
 
 Tally = Callable[[Tensor], Tensor]  # from all ranks' sketches (W, k) to what the host needs of them
 
@@ -38,12 +38,11 @@ class Counting:
         self._copies: list[Tensor] = []
         self._event: Any = None
         if rows.device.type != "cpu":
-            stream = _stream(rows.device)
-            with torch.get_device_module(rows.device).stream(stream):
+            with beside_backward(rows.device):
                 work.wait()  # the stream does, for the gather; from here on `work` no longer holds what it reads
                 for each in (own, rows):
-                    each.record_stream(stream)
-                self._count_on_device(stream)
+                    read_here(each)
+                self._count_on_device()
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Wait for the ballots; return what the tally made of them, and their numbers `(W, …)`, on the host."""
@@ -59,18 +58,13 @@ class Counting:
             sketches, numbers = unpack(self._rows, self._size)
             return self._tally(sketches), numbers
 
-    def _count_on_device(self, stream: Any) -> None:
+    def _count_on_device(self) -> None:
         found = self._count()
         self._copies = [torch.empty_like(each, device="cpu", pin_memory=True) for each in found]
         for copy, each in zip(self._copies, found, strict=True):
             copy.copy_(each, non_blocking=True)
         self._event = torch.Event(self._rows.device)
-        self._event.record(stream)
-
-
-@cache
-def _stream(device: torch.device) -> Any:
-    return torch.get_device_module(device).Stream(device)
+        self._event.record(side_stream(self._rows.device))
 
 
 class Sent(NamedTuple):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gaf_ddp.ballots.ballot import Numbers
 from gaf_ddp.engines.apart import Loss, gradient_of
 from gaf_ddp.rules.held_out import TEMPERATURES
+from gaf_ddp.runtime.device import read_here
 
 _logger = logging.getLogger(__name__)
 
@@ -58,6 +59,8 @@ class Readings:
         waiting, self._waiting, self.waiting = self._waiting, None, 0
         self._sent, self._due = self._due, 0
         reading, loss = waiting or (sketch.new_zeros(2 * len(sketch)), None)
+        for each in waiting or ():
+            read_here(each)  # FSDP2 reads held-out data on one stream, and votes on another
         return torch.cat([sketch, reading]), loss
 
     def require(self, numbers: Numbers) -> None:

@@ -54,6 +54,7 @@ class Replica:
             spread = dist.get_process_group_ranks(tensor_group)
             rule = f"replica_group must hold the ranks {spread} that tensor parallelism spreads parameters over"
             require({*spread} <= {*ranks}, rule, ranks)
+            tensor_group = own if {*spread} == {*ranks} else tensor_group  # the model's own is busy in backward
         return cls(own, tensor_group)
 
     def add_square(self, square: Tensor) -> None:

@@ -19,7 +19,7 @@ from gaf_ddp.kernels.gram import gram
 from gaf_ddp.monitor.records import Decision
 from gaf_ddp.rules.agreement import decide
 from gaf_ddp.runtime.backward import at_end_of_backward
-from gaf_ddp.runtime.device import on_host
+from gaf_ddp.runtime.device import on_host, require_device
 from gaf_ddp.runtime.errors import named
 from gaf_ddp.way import Way
 
@@ -87,7 +87,7 @@ class Pipeline(Way):
             RuntimeError: a rank is gone, or replicas differ; names step and bucket.
         """
         buffer: Tensor = bucket.buffer()
-        self._require_device(buffer)
+        require_device(buffer, self.device)
         in_backward = at_end_of_backward(self._finish)
         index, is_last = bucket.index(), bucket.is_last()
         is_first = self._latest is None or index <= self._latest  # or a backward broke off
@@ -111,11 +111,6 @@ class Pipeline(Way):
             RuntimeError: on every rank: they differ.
         """
         self._replicas.finish()
-
-    def _require_device(self, buffer: Tensor) -> None:
-        if buffer.device != self.device:
-            rule = "all parameters of a rank's model must be on one device"
-            raise ValueError(f"{rule}, found {self.device} and {buffer.device}")
 
     def _choose(self, buffer: Tensor) -> Exchange:
         """Return how the bucket travels: by the settings, W and its bytes alone, the same on every rank."""

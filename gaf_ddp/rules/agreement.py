@@ -127,14 +127,15 @@ def _ask(weighting: Callable[[Tensor], Tensor], clean: Tensor, voters: Tensor) -
     return scattered
 
 
-def _require_weights(weighting: object, weights: Tensor, count: int) -> Tensor:
+def _require_weights(weighting: object, weights: object, count: int) -> Tensor:
     """Return the weights, or raise ValueError; what they are, an accelerator tells later (`unsound`)."""
-    found = repr(weights)
-    if isinstance(weights, Tensor) and weights.shape == (count,) and weights.dtype.is_floating_point:
-        if not on_host(weights) or bool(((weights >= 0) & (weights < math.inf)).all()):
-            return weights.detach()
-        found = str(weights.tolist())
-    elif isinstance(weights, Tensor):
+    if not isinstance(weights, Tensor):
+        found = repr(weights)
+    elif weights.shape != (count,) or not weights.dtype.is_floating_point:
         found = f"{tuple(weights.shape)} of {weights.dtype}"
+    elif not on_host(weights) or bool(((weights >= 0) & (weights < math.inf)).all()):
+        return weights.detach()
+    else:
+        found = str(weights.tolist())
     rule = f"weighting must return finite weights >= 0, floating point of shape ({count},)"
     raise ValueError(f"{rule}, found {found} from {weighting!r}")

@@ -1,10 +1,12 @@
-"""What a device can do: let the host read its memory at once, and run fused kernels."""
+"""What a device can do: let the host read its memory at once, work on a stream of its own, and run fused kernels."""
 
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,32 @@ def on_host(tensor: Tensor) -> bool:
 def to_device(numbers: Tensor, device: torch.device) -> Tensor:
     """Return numbers that are on the host on the device, without waiting for it."""
     return numbers if device.type == "cpu" else numbers.pin_memory().to(device, non_blocking=True)
+
+
+def require_device(tensor: Tensor, device: torch.device) -> None:
+    """Raise ValueError unless the tensor, some of the model's gradients, is on the device that the others are on."""
+    if tensor.device != device:
+        raise ValueError(f"all parameters of a rank's model must be on one device, found {device} and {tensor.device}")
+
+
+@cache
+def side_stream(device: torch.device) -> Any:
+    """Return an accelerator's one stream for what backward need not wait for."""
+    return torch.get_device_module(device).Stream(device)
+
+
+def beside_backward(device: torch.device) -> AbstractContextManager[Any]:
+    """Return within what an accelerator's current stream is `side_stream`; nothing changes on the host."""
+    if device.type == "cpu":
+        return nullcontext()
+    context: AbstractContextManager[Any] = torch.get_device_module(device).stream(side_stream(device))
+    return context
+
+
+def read_here(tensor: Tensor) -> None:
+    """Keep the memory of an accelerator's tensor, made on another stream, until the current one has read it."""
+    if tensor.device.type != "cpu":
+        tensor.record_stream(torch.get_device_module(tensor.device).current_stream(tensor.device))
 
 
 @cache

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from gaf_ddp import GAFState, gaf_hook
+from gaf_ddp.ballots.late import LateFilter
+from gaf_ddp.connect import meet
 from gaf_ddp.exchange.gather import GatherExchange
 from gaf_ddp.exchange.pipeline import Pipeline
 from gaf_ddp.exchange.sharded import ShardedExchange
@@ -76,11 +78,19 @@ def test_gpus_do_so_too(nccl_ranks: Ranks) -> None:
     assert nccl_ranks(2, watch_routes, False) == ON_ACCELERATORS
 
 
+ONE_DEVICE = r"all parameters .* must be on one device, found .* and meta"
+
+
 def take_from_two_devices(device: torch.device) -> None:
     """Let a bucket come from another device than the first one; one without memory stands for it."""
     pipeline = Pipeline(GAFState(tau=1.0), world(), device)
-    with pytest.raises(ValueError, match=r"all parameters .* must be on one device, found .* and meta"):
+    with pytest.raises(ValueError, match=ONE_DEVICE):
         pipeline.take(SimpleNamespace(buffer=lambda: torch.zeros(4, device="meta")))
+    meet(state := GAFState(), world(), device)
+    late = LateFilter(state, world(), device)
+    late.begin()
+    with pytest.raises(ValueError, match=ONE_DEVICE):
+        late.weigh(torch.zeros(4, device="meta"), [torch.nn.Parameter(torch.zeros(4, device="meta"))])
 
 
 def test_a_model_on_two_devices_is_refused(ranks: Ranks) -> None:
