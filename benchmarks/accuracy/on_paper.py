@@ -39,7 +39,7 @@ def paper() -> list[Experiment]:
         ),
         "human labels for 50 epochs, W=2, batch 50": (TENTH, 2, 50, HUMAN, (*SKIPS, "oracle"), 3),
         "human labels on rank 0 of 4": (WHOLE, 4, 25, replace(HUMAN, ranks=(0,)), WITHOUT_CONTROLS, 3),
-        "human labels, W=2, batch 50": (WHOLE, 2, 50, HUMAN, SKIPPING, 3),
+        "human labels, W=2, batch 50": (WHOLE, 2, 50, HUMAN, SKIPPING, 1),
         "human labels for 20 epochs, W=2, batch 10": (replace(TENTH, epochs=20), 2, 10, HUMAN, SKIPPING, 3),
         "right labels, W=2, batch 50": (WHOLE, 2, 50, Labels(), FEW, 1),
         "right labels, W=4, batch 25": (WHOLE, 4, 25, Labels(), WITHOUT_CONTROLS, 1),
