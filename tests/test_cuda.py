@@ -137,7 +137,7 @@ def test_sums_are_corrected_behind_the_all_reduce_and_backward_ends_behind_them(
 @pytest.mark.parametrize("world_size", [2, 8, 64, 1024])
 @pytest.mark.parametrize("weighting", [Mean(), NeighborhoodAgreement(0.9), SequentialAgreement(0.9)], ids=repr)
 def test_a_decision_has_no_host_sync(world_size: int, weighting: Weighting) -> None:
-    gramian = torch.eye(world_size, device="cuda")
+    gramian = torch.eye(world_size, device="cuda", dtype=torch.float64)
     decide(gramian, weighting, 10.0)  # compiles
     try:
         torch.cuda.set_sync_debug_mode("error")

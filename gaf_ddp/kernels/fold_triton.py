@@ -1,6 +1,7 @@
 """The fold in Triton, for accelerators: x is read once, in two launches. Its reference is fold.py.
 
-The sums are deterministic: no atomics, partial sums in a fixed order.
+The sums are deterministic: no atomics, partial sums in a fixed order. Squares are float64: where a GPU has little of
+that (A10, L40S, B300) they, and not the memory, should set the time.
 """
 
 import torch

@@ -13,7 +13,6 @@ from gaf_ddp.kernels.scale import EXACT
 
 WARPS, BLOCK = 8, 4096  # of a program, and elements that it has in registers
 APART_BLOCK = 2048  # the same, of one that writes elsewhere: its second pointers take registers too
-_NAN = tl.constexpr(float("nan"))
 _INF = tl.constexpr(float("inf"))
 
 
@@ -53,9 +52,10 @@ def _programs(x: Tensor) -> int:
     return max(1, min(blocks, programs_on(x.device)))
 
 
-@triton.jit
+# One program for buckets of any size, and for scalars that lie anywhere: none is compiled in the middle of training.
+@triton.jit(do_not_specialize=["square", "count", "limit", "share", "numbers"])
 def _scale_kernel(
-    gradient, square, count, limit, share, out, numbers, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr
+    gradient, square, count, limit, share, out, numbers: tl.int64, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Multiply every programs-th block; the first program writes the share."""
     norm, ranks, longest = tl.sqrt(tl.load(square)), tl.load(count), tl.load(limit)
@@ -67,26 +67,42 @@ def _scale_kernel(
         tl.store(share, own)
         tl.store(share + 1, tl.where(finite, 0.0, 1.0))
     if (not IN_PLACE) or factor != 1.0:
-        for block in range(tl.program_id(0), tl.cdiv(numbers, BLOCK), tl.num_programs(0)):
-            at = block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
-            # Zeros are written without a look at what was there: NaN times 0 is NaN.
-            wanted = (at < numbers) & (tl.full((BLOCK,), 0.0, tl.float32) != factor)
-            x = tl.load(gradient + at, mask=wanted, other=0.0).to(tl.float32)
-            if IN_PLACE:
-                tl.store(gradient + at, (x * factor).to(gradient.dtype.element_ty), mask=at < numbers)
-            else:
-                tl.store(out + at, (x * factor).to(out.dtype.element_ty), mask=at < numbers)
+        to = gradient if IN_PLACE else out
+        for block in range(tl.program_id(0), numbers // BLOCK, tl.num_programs(0)):
+            _multiply(gradient, to, factor, block * BLOCK, numbers, WHOLE=True, BLOCK=BLOCK)
+        if tl.program_id(0) == tl.num_programs(0) - 1:
+            _multiply(gradient, to, factor, numbers // BLOCK * BLOCK, numbers, WHOLE=False, BLOCK=BLOCK)
 
 
 @triton.jit
-def _correct_kernel(total, shares, numbers, EXACT: tl.constexpr, BLOCK: tl.constexpr):
+def _multiply(x, to, factor, first, numbers, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    """Multiply a block of x; a whole one has no bounds, which would keep it from being read in vectors."""
+    at = first + tl.arange(0, BLOCK).to(tl.int64)
+    inside = tl.full((BLOCK,), 1, tl.int1) if WHOLE else at < numbers
+    # Zeros are written without a look at what was there: NaN times 0 is NaN.
+    wanted = inside & (tl.full((BLOCK,), 0.0, tl.float32) != factor)
+    own = tl.load(x + at, mask=wanted, other=0.0).to(tl.float32)
+    tl.store(to + at, (own * factor).to(to.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["shares", "numbers"])
+def _correct_kernel(total, shares, numbers: tl.int64, EXACT: tl.constexpr, BLOCK: tl.constexpr):
     """Divide every programs-th block, or fill it with NaN, or leave it alone."""
     counted, broken = tl.load(shares), tl.load(shares + 1)
     nobody = counted <= EXACT
     as_expected = tl.abs(counted - 1.0) <= EXACT
     if (nobody & (broken > 0.0)) | ~(nobody | as_expected):
-        divisor = tl.where(nobody, _NAN, counted).to(tl.float32)
-        for block in range(tl.program_id(0), tl.cdiv(numbers, BLOCK), tl.num_programs(0)):
-            at = block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
-            x = tl.load(total + at, mask=at < numbers, other=0.0).to(tl.float32)
-            tl.store(total + at, tl.div_rn(x, divisor).to(total.dtype.element_ty), mask=at < numbers)
+        divisor = tl.where(nobody, float("nan"), counted).to(tl.float32)
+        for block in range(tl.program_id(0), numbers // BLOCK, tl.num_programs(0)):
+            _divide(total, divisor, block * BLOCK, numbers, WHOLE=True, BLOCK=BLOCK)
+        if tl.program_id(0) == tl.num_programs(0) - 1:
+            _divide(total, divisor, numbers // BLOCK * BLOCK, numbers, WHOLE=False, BLOCK=BLOCK)
+
+
+@triton.jit
+def _divide(x, divisor, first, numbers, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    """Divide a block of x, as `_multiply` does."""
+    at = first + tl.arange(0, BLOCK).to(tl.int64)
+    inside = tl.full((BLOCK,), 1, tl.int1) if WHOLE else at < numbers
+    own = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(x + at, tl.div_rn(own, divisor).to(x.dtype.element_ty), mask=inside)

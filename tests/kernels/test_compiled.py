@@ -1,5 +1,7 @@
-"""The kernels of folding and scaling compile for GPUs, without a GPU, and keep all they need in registers."""
+"""Kernels compile for GPUs, without a GPU, get as far as their launch, and keep all they need in registers."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +61,11 @@ def test_scale_and_correct_do_not_spill(capability: int, dtype: str, tmp_path: P
     ]
     for kernel, fixed in kernels:
         assert spilled_bytes(kernel, types, fixed, scale_triton.WARPS, capability, tmp_path) == 0
+
+
+@pytest.mark.timeout(400)
+def test_every_kernel_gets_as_far_as_its_launch(capability: int) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.launched", str(capability)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=380)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == 3 * 2 * 8 + 3  # dtypes, sizes, functions; and decisions by three rules
