@@ -24,7 +24,7 @@ from benchmarks.command_line import described, new_file, positive
 from benchmarks.measure import hardware
 from benchmarks.on_gpu.drive import run_all
 from benchmarks.on_gpu.job import Job
-from benchmarks.on_gpu.page import commit
+from benchmarks.on_gpu.page import commit, libraries
 from benchmarks.on_gpu.rows import Rows
 from benchmarks.on_gpu.stages import STAGES, stage_named
 
@@ -34,7 +34,7 @@ def arguments() -> argparse.Namespace:
     names = [stage.name for stage in STAGES]
     parser = described(__doc__)
     parser.add_argument("--out", type=new_file, help="the page")
-    parser.add_argument("--minutes", type=positive, default=10, help="for all stages together")
+    parser.add_argument("--minutes", type=positive, default=8, help="for all stages together; default 8")
     parser.add_argument("--data-dir", type=Path, help="with the folder cifar100; without it the last stage is left out")
     parser.add_argument("--micro-batches", type=positive, nargs="+", default=[2], help="of a step in the last stage")
     parser.add_argument("--stages", choices=names, nargs="+", help="a selection; default all")
@@ -51,6 +51,11 @@ def arguments() -> argparse.Namespace:
         parser.error("give either --out, for the whole run, or --stage, for one stage in this process")
     if given.data_dir is not None:
         given.data_dir = given.data_dir.absolute()
+        table = given.data_dir / "cifar100" / "human_labels.csv"
+        if not table.is_file():
+            parser.error(
+                f"--data-dir must hold cifar100/train, cifar100/test and cifar100/human_labels.csv, lacks {table}"
+            )
     return given
 
 
@@ -90,6 +95,7 @@ def main() -> None:
     device = torch.device("cpu" if given.rehearse else "cuda")
     named = ("date", "device", "cores", "torch", "python")
     facts = {name: value for name, value in hardware(device).items() if name in named}
+    facts |= libraries()
     facts["commit"] = given.commit or commit()
     facts["minutes"] = given.minutes
     if given.rehearse:

@@ -148,8 +148,8 @@ def run(job: Job) -> None:
         f"Micro-batches of {scale.batch} images, tau {TAU}, SGD, learning rate {LR}, epochs: {epochs}, one seed. "
         "Beside an accuracy: the share of steps that were left out, by the filter or at random."
     )
-    took = 0.0
-    for number in range(epochs):
+    took = 0.0 if epochs else math.inf
+    for number in range(max(epochs, 1)):
         if job.left() < took:
             job.rows.note(f"Time was up after {number} of {epochs} epochs.")
             return
@@ -184,7 +184,7 @@ def planned(images: Images, scale: Scale, job: Job, test: Part) -> int:
         middle = time.monotonic()
         arm.accuracy(test)
         seconds += (middle - begun) / _TRIAL * arm.steps_of_an_epoch + time.monotonic() - middle
-    return min(max(int(_SPARE * job.left() / seconds), 1), _MOST_EPOCHS)
+    return min(int(_SPARE * job.left() / seconds), _MOST_EPOCHS)
 
 
 def one_epoch(arms: dict[str, Arm], number: int, epochs: int, test: Part) -> Row:

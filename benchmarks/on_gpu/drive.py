@@ -29,14 +29,16 @@ def run_all(given: argparse.Namespace, facts: dict[str, object]) -> bool:
         say(f"{stage.name} …")
         begun = time.monotonic()
         outcome = done[stage.name] = outcomes[stage.name]
-        if not outcome.skipped:
-            try:
+        try:
+            if not outcome.skipped:
                 _run_stage(stage, given, outcome, begun + (deadline - begun) * stage.share / sum(to_come))
-            except Exception as error:  # whatever it was, the other stages go on
-                outcome.failures.append((said_by(error), traceback.format_exc()))
+                to_come.remove(stage.share)
+        except Exception as error:  # whatever it was, the other stages go on
+            outcome.failures.append((said_by(error), traceback.format_exc()))
             to_come.remove(stage.share)
-        outcome.seconds = time.monotonic() - begun
-        given.out.write_text(page(facts, done))
+        finally:  # also where this run is ended from outside
+            outcome.seconds = time.monotonic() - begun
+            given.out.write_text(page(facts, done))
         failed = "".join(f"\n  failed: {wrong}" for wrong, _ in outcome.failures)
         say(f"{stage.name}: {outcome.skipped or f'{len(outcome.rows)} rows'}, {outcome.seconds:.0f} s{failed}")
     return not any(outcome.failures for outcome in outcomes.values())

@@ -4,7 +4,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
+
+import torch
 
 from benchmarks.accuracy.tables import markdown
 from benchmarks.on_gpu.processes import ROOT
@@ -36,6 +40,14 @@ def page(facts: dict[str, Any], outcomes: dict[str, Outcome]) -> str:
     for number, stage in enumerate(STAGES, 1):
         lines += ["", f"## {number}. {stage.title}", "", *_section(stage, outcomes.get(stage.name))]
     return "\n".join(lines) + "\n"
+
+
+def libraries() -> dict[str, str]:
+    """Return the versions of what torch works with on a GPU, of those that there are."""
+    found = {"CUDA": torch.version.cuda, "Triton": version("triton") if find_spec("triton") else None}
+    if torch.cuda.is_available():
+        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return {name: told for name, told in found.items() if told is not None}
 
 
 def _section(stage: Stage, outcome: Outcome | None) -> list[str]:

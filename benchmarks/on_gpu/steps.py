@@ -13,6 +13,7 @@ from benchmarks.measure import interleaved, ratio, synchronize
 from benchmarks.on_gpu.job import Job, join_group
 from benchmarks.on_gpu.rows import Row
 from benchmarks.step_time import build
+from gaf_ddp import check_replicas
 
 _LEAST, _MOST = 3, 30  # repeats
 _TO_START = 8.0  # seconds that a case needs before it is worth to begin
@@ -41,15 +42,15 @@ class Training:
     """One way's own model and optimizer."""
 
     def __init__(self, hook: str, case: Case, device: torch.device) -> None:
-        self._model = wrap(hooks()[hook], network(case).to(device), device)
-        self._optimizer = torch.optim.SGD(self._model.parameters(), lr=1e-4, momentum=0.9)
+        self.model = wrap(hooks()[hook], network(case).to(device), device)
+        self._optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9)
         self._device, self._autocast = device, case.autocast
 
     def step(self, inputs: Tensor) -> None:
         """Train one step."""
         self._optimizer.zero_grad()
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
-            loss = self._model(inputs).float().square().mean()
+            loss = self.model(inputs).float().square().mean()
         loss.backward()
         self._optimizer.step()
 
@@ -66,6 +67,7 @@ def network(case: Case) -> nn.Module:
 def inputs_of(case: Case, device: torch.device) -> Tensor:
     """Return a batch."""
     shape = (case.size, 512) if case.model == "large transformer" else build(case.model, case.size)[1]
+    torch.manual_seed(1 + dist.get_rank())  # each rank its own
     return torch.randn(case.batch, *shape, device=device)
 
 
@@ -85,21 +87,22 @@ def run(job: Job) -> None:
 
 
 def measure(case: Case, job: Job, end: float) -> Row:
-    """Return a row's numbers, of as many repeats as fit in until only `end` seconds are left for the other cases."""
+    """Return a row's numbers, of as many repeats as fit in until only `end` seconds are left for the other cases.
+
+    Raises:
+        RuntimeError: the ranks' parameters differ after all steps.
+    """
     device = job.device
     inputs = inputs_of(case, device)
     Training("ddp", case, device).step(inputs)  # libraries take their own memory once
-    memory: dict[str, float | None] = {}
-    trainings: dict[str, Training] = {}
-    for hook in ("ddp", "gaf"):
-        before = _reserved(device)
-        trainings[hook] = Training(hook, case, device)
-        memory[hook] = held(trainings[hook], inputs, before)
+    memory = {hook: held(hook, case, inputs) for hook in ("ddp", "gaf")}
+    trainings = {hook: Training(hook, case, device) for hook in ("ddp", "gaf")}
     run = {name: lambda training=training: training.step(inputs) for name, training in trainings.items()}
     first = interleaved(run, 1, device, warmup=1)
     seconds = 0.8 * (job.agreed_left() - end)  # the same on every rank, as the timings are
     repeats = int(seconds / sum(median(each) for each in first.values()))
     timings = interleaved(run, min(max(repeats, _LEAST), _MOST), device, warmup=0)
+    check_replicas(trainings["gaf"].model)
     pairs, of_medians = ratio(timings, "gaf", "ddp"), median(timings["gaf"]) / median(timings["ddp"])
     return {
         "DDP ms": median(timings["ddp"]) * 1e3,
@@ -113,8 +116,10 @@ def measure(case: Case, job: Job, end: float) -> Row:
     }
 
 
-def held(training: Training, inputs: Tensor, before: float) -> float | None:
-    """Return the most megabytes that torch reserved beyond `before` up to and with two steps; None on a CPU."""
+def held(hook: str, case: Case, inputs: Tensor) -> float | None:
+    """Return the most megabytes that torch reserves for a way alone, up to and with two steps; None on a CPU."""
+    before = _reserved(inputs.device)
+    training = Training(hook, case, inputs.device)
     for _ in range(2):
         training.step(inputs)
     synchronize(inputs.device)

@@ -17,6 +17,7 @@ TESTS = {
     "kernels": ("tests/kernels", *_NO_GPU),
 }
 REHEARSED = {"hook": ("tests/test_cuda.py",), "kernels": ("tests/kernels/test_signs.py",)}
+_MOST = {"hook": 4, "kernels": 8}  # processes at a time
 _SAID = ("PASSED", "FAILED", "ERROR", "SKIPPED", "XFAIL", "XPASS")
 _RESULT = re.compile(rf"^(?:\[gw\d+\] \[ *\d+%\] ({'|'.join(_SAID)}) (tests/.+)|(tests/.+?) ({'|'.join(_SAID)})\b.*)$")
 _BROKEN = re.compile(r"^ERROR (tests/\S+)")  # a file that cannot be imported
@@ -25,9 +26,9 @@ _BROKEN = re.compile(r"^ERROR (tests/\S+)")  # a file that cannot be imported
 def run(job: Job) -> None:
     """Run a part's tests and count."""
     chosen = (REHEARSED if job.rehearse else TESTS)[job.part]
-    many = job.part == "kernels" and not job.rehearse  # most of their time goes into compiling
-    spread = ["-n", str(min(8, max((os.cpu_count() or 2) // 2, 1))), "--dist", "load"] if many else ["-n", "0"]
-    line = ["-v", "-rfE", *spread, "-p", "no:cacheprovider", "--timeout=90", "--color=no", *chosen]
+    # Most of their time goes into compiling, and into starting ranks. A hung rank is reported by its test, after 90 s.
+    spread = ["-n", "0"] if job.rehearse else ["-n", str(min(_MOST[job.part], os.cpu_count() or 1)), "--dist", "load"]
+    line = ["-v", "-rfE", *spread, "-p", "no:cacheprovider", "--timeout=110", "--color=no", *chosen]
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "said"
         code = _pytest(line, output, max(job.left(), 1))
