@@ -1,4 +1,4 @@
-"""What only a GPU can tell, in one run of at most ten minutes: a page with a table for each stage.
+"""What only a GPU can tell, in one run of some minutes: a page with a table for each stage.
 
     python -m benchmarks.on_gpu --out benchmarks/results/on_gpu.md
 
@@ -53,9 +53,7 @@ def arguments() -> argparse.Namespace:
         given.data_dir = given.data_dir.absolute()
         table = given.data_dir / "cifar100" / "human_labels.csv"
         if not table.is_file():
-            parser.error(
-                f"--data-dir must hold cifar100/train, cifar100/test and cifar100/human_labels.csv, lacks {table}"
-            )
+            parser.error(f"--data-dir must hold cifar100 as benchmarks/accuracy/cifar.py says, lacks {table}")
     return given
 
 

@@ -58,8 +58,8 @@ STAGES = (
     Stage(
         "launches",
         "Launches and host time of `GAFState()`",
-        "One rank on NCCL, which then sends nothing and launches next to nothing itself. Alone it divides by 1 in torch, "
-        "and copies, where several scale in one launch: one launch a bucket more. Launches are kernels, copies "
+        "One rank on NCCL, which then sends nothing and launches next to nothing itself. Alone it divides by 1 in "
+        "torch, and copies, where several scale in one launch: one launch a bucket more. Launches are kernels, copies "
         "and fills, as the profiler saw them started; host microseconds are medians of 20 steps without the profiler, "
         "each behind a synchronisation.",
         "launches",
