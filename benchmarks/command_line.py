@@ -26,6 +26,16 @@ def size_in_bytes(text: str) -> int:
     return int(number) * _UNITS[unit]
 
 
+def new_folder(text: str) -> Path:
+    """Return the path of a folder that there is, or now is, as a type of arguments."""
+    path = Path(text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"must be a folder, or one that can be made, found {text!r}") from error
+    return path
+
+
 def new_file(text: str) -> Path:
     """Return the path of a file that can be written, as a type of arguments: hours of measuring end there."""
     path = Path(text)

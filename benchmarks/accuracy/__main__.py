@@ -11,6 +11,8 @@ Finished runs are in OUT/accuracy_runs.jsonl, and a second start goes on where t
 
 import argparse
 import os
+import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +26,9 @@ from benchmarks.accuracy.declare import Experiment, Run
 from benchmarks.accuracy.experiments import EXPERIMENTS, GROUPS, quick
 from benchmarks.accuracy.store import Store
 from benchmarks.accuracy.work import make
-from benchmarks.command_line import described, positive
+from benchmarks.command_line import described, new_folder, positive
+
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -83,15 +87,19 @@ def _given(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help="train these alone")
     add("--list", action="store_true", help="print the experiments' names and stop")
     add("--quick", action="store_true", help="twenty steps of one seed: does it run?")
-    add("--out", type=Path, default=Path(__file__).parents[1] / "results", help="default: benchmarks/results")
+    add("--out", type=new_folder, help="default: benchmarks/results, with --quick runs/accuracy_quick")
     add("--data-dir", type=Path, help="folder of the images that do not come with a package")
     add("--jobs", type=positive, default=os.cpu_count(), help="runs at a time; default: one per core")
     add("--tables-only", action="store_true", help="make no runs, write what there is")
     given = parser.parse_args(arguments)
     if unknown := set(given.experiments) - {*GROUPS, *EXPERIMENTS}:
         parser.error(f"--experiments must be groups or names from --list, found {', '.join(sorted(unknown))}")
+    if given.data_dir is not None and not given.data_dir.is_dir():
+        parser.error(f"--data-dir must be a folder, found {given.data_dir}")
+    given.out = given.out or new_folder("runs/accuracy_quick" if given.quick else str(RESULTS))
     return given
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended
     main()

@@ -105,7 +105,9 @@ _TODAY: dict[str, Arm] = {
     "tuned": Arm("NeighborhoodAgreement, tau {tau}, best lr", "filter", _tuned),
     "sequential": Arm("SequentialAgreement (paper), tau {tau}", "filter", _ruled("sequential", lambda e: e.tau)),
     "sequential, best tau": Arm("SequentialAgreement (paper), best tau", "filter", _sequential),
-    "sequential: random skips": Arm("… as many random skips", "control", _repeating_all("random skips", _sequential)),
+    "sequential: random skips": Arm(
+        "… random skips, as many at the best tau", "control", _repeating_all("random skips", _sequential)
+    ),
     "upgrad": Arm("UPGrad (TorchJD)", "other rule", _ruled("upgrad", lambda e: None)),
     "krum": Arm("Krum (TorchJD)", "other rule", krum),
     "mixing": Arm("mixing + multi-Krum (ByzFL), f right", "other rule", mixing(lambda e: len(e.bad))),

@@ -3,7 +3,7 @@
     DIR/train/<class>/*.jpg, DIR/test/<class>/*.jpg, DIR/human_labels.csv       CIFAR-10, with the labels of CIFAR-10N
     DIR/cifar100/train/<class>/*.jpg, …                                         CIFAR-100, with those of CIFAR-100N
 
-human_labels.csv has the columns image, clean and one for each label set.
+human_labels.csv has a column of paths, one that is called clean, and one for each label set.
 """
 
 from dataclasses import dataclass
@@ -77,7 +77,9 @@ def read_cifar(data: str, folder: Path) -> tuple[Part, Part, int, dict[str, Tens
     table = home / "human_labels.csv"
     if not table.is_file():
         raise ValueError(f"--data-dir must hold {cifar.folder or 'train, test'} and human_labels.csv, found {folder}")
-    kinds = sorted(kind.name for kind in (home / "train").iterdir())
+    kinds, tested = (sorted(kind.name for kind in (home / part).iterdir()) for part in ("train", "test"))
+    if kinds != tested:
+        raise ValueError(f"{home}/test must have the classes of train, differs by {sorted({*kinds} ^ {*tested})}")
     classes = torch.arange(len(kinds))
     if cifar.superclasses:
         above = {name: number for number, names in enumerate(SUPERCLASSES) for name in names.split()}
@@ -102,7 +104,10 @@ def _first_of_each(home: Path, part: str, count: int, side: int) -> tuple[Part, 
 
     images, names, labels = [], [], []
     for label, kind in enumerate(sorted((home / part).iterdir())):
-        for path in sorted(kind.iterdir())[:count]:
+        paths = sorted(kind.iterdir())[:count]
+        if len(paths) < count:
+            raise ValueError(f"{kind} must have at least {count} images, found {len(paths)}")
+        for path in paths:
             image = decode_image(str(path)).float() / 255
             images.append(image if side == image.shape[-1] else functional.adaptive_avg_pool2d(image, side))
             names.append(path.relative_to(home).as_posix())

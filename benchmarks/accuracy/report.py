@@ -23,7 +23,7 @@ def write(group: str, question: str, experiments: Sequence[Experiment], store: S
         return
     picture = out / f"accuracy_{group}.png"
     draw(group, question, tables, picture)
-    made_by = f"`{command}` on {machine(hardware(torch.device('cpu')))}. {_spent(experiments, store)}"
+    made_by = f"`{command}`, written on {machine(hardware(torch.device('cpu')))}. {_spent(experiments, store)}"
     made_by += _past(experiments, store, f"accuracy_{group}.md")
     parts = [f"# {question}", made_by, f"![{question}]({picture.name})", LEGEND, group_text(group, tables)]
     (out / f"accuracy_{group}.md").write_text("\n\n".join(parts) + "\n")

@@ -47,6 +47,10 @@ def arguments() -> argparse.Namespace:
     given = parser.parse_args()
     if not given.rehearse and not torch.cuda.is_available():
         parser.error("a GPU is needed, and torch finds none here; --rehearse tries what a CPU can do")
+    if min(given.micro_batches) < 2:
+        parser.error(
+            f"--micro-batches must be 2 or more, as one has nothing to agree with, found {given.micro_batches}"
+        )
     if (given.out is None) == (given.stage is None):
         parser.error("give either --out, for the whole run, or --stage, for one stage in this process")
     if given.data_dir is not None:
