@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from benchmarks.accuracy.arms import ARMS, title_of
@@ -42,8 +43,10 @@ def _bars(pyplot: Any, tables: Tables) -> Any:
     size = (3.1 + 2.5 * columns, 0.9 + 0.27 * max(len(arms), LEAST_BARS) * rows)
     grid = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
     figure, axes = pyplot.subplots(rows, columns, figsize=size, **grid)
+    highest = max(row.final.mean for _, table in tables for row in table.values())
+    end = min(10 * math.ceil(0.13 * highest), 100)
     for axis, (experiment, table) in zip(axes.flat, tables, strict=False):
-        _bar_panel(axis, experiment, table, arms)
+        _bar_panel(axis, experiment, table, arms, end)
     for axis in axes.flat[len(tables) :]:
         axis.set_axis_off()
     axes[0][0].set_yticks(range(len(arms)), [title_of(tables[0][0], arm) for arm in arms], fontsize=8)
@@ -56,19 +59,20 @@ def _bars(pyplot: Any, tables: Tables) -> Any:
     return figure
 
 
-def _bar_panel(axis: Any, experiment: Experiment, table: Table, arms: Sequence[str]) -> None:
+def _bar_panel(axis: Any, experiment: Experiment, table: Table, arms: Sequence[str], end: float) -> None:
+    gap = end / 50
     for place, arm in enumerate(arms):
         if arm not in table:
-            axis.text(2, place, "-", va="center", fontsize=8, color="#777777")
+            axis.text(gap, place, "-", va="center", fontsize=8, color="#777777")
             continue
         final, color = table[arm].final, KINDS[table[arm].kind][1]
         axis.barh(place, final.mean, xerr=final.std, color=color, error_kw={"elinewidth": 1})
-        at, ink = (2, "white") if final.mean > 20 else (final.mean + final.std + 2, "black")
+        at, ink = (gap, "white") if final.mean > 10 * gap else (final.mean + final.std + gap, "black")
         axis.text(at, place, f"{final.mean:.1f}", va="center", fontsize=8, color=ink, fontweight="bold")
     if "oracle" in table:
         axis.axvline(table["oracle"].final.mean, color="black", linestyle="--", linewidth=1)
-    axis.set_title(experiment.notes.get("panel", experiment.title), fontsize=9)
-    axis.set_xlim(0, 100)
+    axis.set_title(fill(experiment.notes.get("panel", experiment.title), 36), fontsize=9)
+    axis.set_xlim(0, end)
     axis.tick_params(labelsize=8)
     axis.set_ylim(len(arms) - 0.5, -0.5)
     axis.spines[["top", "right"]].set_visible(False)
