@@ -60,7 +60,7 @@ def _as_published() -> Experiment:
     data = replace(WHOLE, epochs=10)
     run = replace(_run(data, 2, 100, HUMAN), lr=0.01, weight_decay=1e-2, balanced=True)
     name = "human labels, the paper's recipe, W=2, one image of each class"
-    return _experiment(name, data, run, SKIPS, 3, lrs=(0.01, 0.05, 0.1))
+    return _experiment(name, data, run, ("averaging", "best lr", "sequential, best tau"), 3, lrs=(0.01, 0.05, 0.1))
 
 
 def _experiment(
