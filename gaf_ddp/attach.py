@@ -47,8 +47,7 @@ def attach(
         optimizer: of this model, also as Accelerate, Fabric or Lightning wrap it: steps on which nothing agrees
             are left out exactly (`skip_on_disagreement`). The consensus rule has none: nothing is added then.
         state: of this model alone; a new one if None.
-        mesh: of all ranks. Those along its dimensions that are not data parallel become `GAFState.replica_group`, a
-            new group, which is a collective.
+        mesh: of all ranks. Its dimensions that are not data parallel make `GAFState.replica_group`: a collective.
         **settings: of the new state, see `GAFState`.
 
     Returns:

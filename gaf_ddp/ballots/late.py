@@ -32,7 +32,6 @@ from gaf_ddp.engines.apart import Loss
 from gaf_ddp.kernels.fold import Spans, fold
 from gaf_ddp.monitor.records import Decision
 from gaf_ddp.runtime.backward import number_of_backward
-from gaf_ddp.runtime.device import require_device
 from gaf_ddp.runtime.errors import named
 from gaf_ddp.way import Way
 
@@ -104,7 +103,6 @@ class LateFilter(Way):
         The parameters, and the count, are as `Places.spans` has them. Returned are the share `(2,)` float64, to be
         added up over the ranks beside the gradient (`kernels.scale`), and the bucket's spans of the model.
         """
-        require_device(gradient, self.device)
         key, spans = self.places.spans(parameters, count)
         square = self.ballot.new_square(key)
         self.ballot.fold(gradient, spans, square)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from gaf_ddp.ballots.places import Key
 from gaf_ddp.kernels.fold import Spans, fold_into
+from gaf_ddp.runtime.device import require_device
 
 
 class OpenBallot:
@@ -34,6 +35,7 @@ class OpenBallot:
 
     def fold(self, gradient: Tensor, spans: Spans, square: Tensor) -> None:
         """Add a part of a bucket's gradient `(N,)`, and its squared norm to that."""
+        require_device(gradient, self._device)
         fold_into(gradient, spans, self.sketch, square)
 
     def summed(self) -> Tensor:
